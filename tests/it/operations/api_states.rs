@@ -1,5 +1,5 @@
-//! What `status`, `check`, `once`, the probes, the log and the summary report of an API: its state (not reached yet,
-//! up, failing or down), the latest reason, and its rate limit.
+//! The state of an API (not reached yet, up, failing or down), its latest reason and its rate limit, as reported by
+//! `status`, `check`, `once`, the health endpoints, the log and the summary.
 
 use super::status::{check, delivered, until_problems};
 use crate::harness::process::{Process, finished, printed};
@@ -34,7 +34,7 @@ fn more_messages(t: &Test) {
     t.bigchat.reports(messages);
 }
 
-/// A rate limit of more than a minute is a problem at once, wherever an operator looks, and still after a restart.
+/// A rate limit of more than a minute is reported as a problem immediately and everywhere, and still after a restart.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn long_limit_of_our_api() {
     run_live_test(async |t| {
@@ -65,7 +65,7 @@ async fn long_limit_of_our_api() {
         assert_eq!(code, StatusCode::SERVICE_UNAVAILABLE);
         assert!(why.starts_with("OurAPI is rate-limited"), "{why}");
 
-        // An event that waits for an hour needs no other remedy.
+        // An event that waits for the limit is no second problem, even after five minutes.
         t.execute("UPDATE conversations SET waiting_since = waiting_since - 300000");
         until_problems(t, &begins).await;
 
@@ -129,9 +129,9 @@ async fn limit_replaces_an_older_reason() {
     .await;
 }
 
-/// A few failures are reported as such, before they count as an outage.
+/// A few failures are reported before they count as an outage.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn failing_is_not_up() {
+async fn failing_api_is_not_up() {
     run_live_test(async |t| {
         t.differs("OurAPI fails to the end");
         // After two failures there is no request for at least 15 s.
@@ -164,7 +164,7 @@ async fn failing_is_not_up() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bigchat_was_never_reached() {
     let t = Bench::unreachable();
-    // Neither a further poll nor, after two failures, a further probe.
+    // There is no further poll and, after two failures, no further probe.
     t.set("--poll-interval", "1h");
     t.set("--retry-initial", "1h").set("--retry-max", "1h");
     let daemon = Process::start(&t);
@@ -185,11 +185,14 @@ async fn bigchat_was_never_reached() {
     );
     assert!(daemon.stop().await.success());
     let log = t.logged();
-    assert!(!log.contains("usable date"), "it has sent nothing: {log}");
+    assert!(
+        !log.contains("usable date"),
+        "BigChat has sent nothing: {log}"
+    );
     assert!(log.contains(r#""bigchat":"unknown""#), "{log}");
 }
 
-/// The last line of `once` has the reason, whatever is logged.
+/// The last line of `once` has the reason, whatever the log level.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn once_names_the_reason() {
     run_live_test(async |t| {
@@ -219,7 +222,7 @@ async fn once_names_the_reason() {
     .await;
 }
 
-/// Each new kind of reason in an outage is one line.
+/// Each new kind of reason during an outage is logged once.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_new_reason_is_logged() {
     run_live_test(async |t| {
@@ -248,7 +251,7 @@ async fn each_new_reason_is_logged() {
     .await;
 }
 
-/// A clock that differs by more than a minute is a problem, and logged at the start.
+/// A clock that differs by more than a minute is a problem, and is logged at the start.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clocks_that_differ() {
     // 19 h 52 min, and half a minute for the test.
@@ -272,7 +275,7 @@ async fn clocks_that_differ() {
     .await;
 }
 
-/// Only a BigChat that answers can lack a date.
+/// If BigChat answers without a date, this is logged once.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bigchat_without_a_date() {
     run_live_test(async |t| {

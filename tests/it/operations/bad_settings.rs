@@ -1,4 +1,4 @@
-//! Bad settings: exit code 2, the error, the form expected, and no secret.
+//! Bad settings: exit code 2, and an error that names the expected form and repeats no secret.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -116,7 +116,7 @@ fn unknown_variable_names_nearest_setting() {
         }
         assert!(!text.contains("S3cret"), "{text}");
     }
-    // Variables of Kubernetes, for a service of this name.
+    // Variables that Kubernetes sets for a service of this name.
     let service = [
         ("BIGCHAT_SYNC_SERVICE_HOST", "10.0.0.1"),
         ("BIGCHAT_SYNC_PORT", "tcp://10.0.0.1:8268"),
@@ -125,7 +125,7 @@ fn unknown_variable_names_nearest_setting() {
     assert_eq!(refused(&["unit"], &service).1, Some(0));
 }
 
-/// Each error names the form expected.
+/// Each error names the expected form.
 #[test]
 fn bad_value_of_each_setting() {
     let (time, number) = ("such as 500ms, 10s", "a whole number");

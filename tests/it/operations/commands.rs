@@ -9,17 +9,17 @@ use bigchat_sync::simulator::fault::status;
 use serde_json::{Value, json};
 
 use crate::harness::journal::dead_letter;
-use crate::harness::process::{finished, printed};
+use crate::harness::process::{finished, printed, program};
 use crate::harness::{Bench, Test, run_test, until};
 
-/// Runs a command, whether or not a daemon runs.
+/// Runs a command, whether or not a daemon is running.
 pub(crate) fn command(t: &Bench, arguments: &[&str]) -> Output {
     let mut program = t.program(arguments[0]);
     program.args(&arguments[1..]);
     program.output().expect("a process")
 }
 
-/// The same; it must succeed.
+/// The same, but the command must succeed. Returns its standard output.
 pub(crate) fn done(t: &Bench, arguments: &[&str]) -> String {
     let output = command(t, arguments);
     assert!(
@@ -30,7 +30,7 @@ pub(crate) fn done(t: &Bench, arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).expect("text")
 }
 
-/// The same with `--json`.
+/// The same with `--json`, parsed.
 fn json_of(t: &Bench, arguments: &[&str]) -> Value {
     let text = done(t, &[arguments, &["--json"]].concat());
     serde_json::from_str(&text).expect("JSON")
@@ -41,7 +41,7 @@ fn is_time(value: &Value) -> bool {
     time.ends_with('Z') && chrono::DateTime::parse_from_rfc3339(time).is_ok()
 }
 
-/// Conversation 42 with an event in each state, while OurAPI rejects messages. The third event failed.
+/// Conversation 42 with delivered events, a failed one (3) and a waiting one, while OurAPI fails all messages.
 async fn each_state(t: &Test) {
     t.differs("one event failed, and one waits");
     t.start();
@@ -116,8 +116,7 @@ async fn conversation_shows_event_states() {
     .await;
 }
 
-/// A journal in which two conversations have had the id 42, an event that could not be parsed names it, and both APIs are
-/// down.
+/// A journal in which two conversations have had the id 42, and an unparsable event has it, too. Both APIs are down.
 async fn two_epochs() -> Bench {
     let bench = Bench::unreachable();
     bench.once().await;
@@ -171,7 +170,7 @@ async fn conversation_shows_all_epochs() {
     );
 }
 
-/// Failed events are shown with their texts, and selected by their reasons.
+/// Failed events are listed with their texts, and can be selected by their reasons.
 #[tokio::test]
 async fn failed_list_and_reason_filter() {
     let bench = two_epochs().await;
@@ -204,7 +203,7 @@ async fn failed_list_and_reason_filter() {
     assert_eq!(bench.events("failed"), 1);
 }
 
-/// A discard can be undone until the event is resolved otherwise.
+/// A discard can be undone once.
 #[tokio::test]
 async fn discard_can_be_undone() {
     let bench = two_epochs().await;
@@ -266,7 +265,7 @@ fn exported(t: &Bench, arguments: &[&str]) -> Vec<Value> {
 }
 
 #[tokio::test]
-async fn export_has_what_was_delivered_once() {
+async fn export_has_each_delivery_once() {
     run_test(async |t| {
         let daemon = t.start();
         t.delivers([
@@ -278,11 +277,11 @@ async fn export_has_what_was_delivered_once() {
         .await;
         t.bigchat.reports([message(42, 7, "k")]);
         t.until_events("failed", 1).await;
-        // An event that is sent again counts by its latest delivery.
+        // An event that is sent again is exported with its latest delivery.
         t.our_api.loses_message("42");
         let mut verify = t.program("verify");
         verify.arg("--repair");
-        // The daemon does the work, on this thread.
+        // The daemon runs on this thread, so the command must not block it.
         let verified = tokio::task::spawn_blocking(move || verify.output()).await;
         let verified = verified.expect("no panic").expect("a process");
         assert_eq!(verified.status.code(), Some(1), "{}", printed(&verified));
@@ -307,7 +306,7 @@ async fn export_has_what_was_delivered_once() {
         let ended = [&since[..], &["--until", "2020-01-02T00:00:00Z"]].concat();
         assert_eq!(exported(t, &ended), [] as [Value; 0]);
 
-        // From the first time on, and before the second.
+        // The period includes its start and excludes its end.
         t.execute("UPDATE deliveries SET delivered_at = 1000 * id");
         let span = [
             "--since",
@@ -324,7 +323,7 @@ async fn export_has_what_was_delivered_once() {
     .await;
 }
 
-/// An export whose reader stalls delays no checkpoint.
+/// An export whose reader stalls does not delay a checkpoint.
 #[tokio::test]
 async fn stalled_export_and_checkpoint() {
     let bench = Bench::unreachable();
@@ -358,7 +357,7 @@ async fn stalled_export_and_checkpoint() {
     assert_eq!(lines.lines().count(), 5000);
 }
 
-/// The database's files that contain such bytes.
+/// The database's files that contain this text.
 fn files_with(t: &Bench, text: &str) -> Vec<String> {
     let files = ["journal.db", "journal.db-wal"].map(|name| t.directory().join(name));
     let holds = |bytes: &[u8]| {
@@ -373,7 +372,7 @@ fn files_with(t: &Bench, text: &str) -> Vec<String> {
         .collect()
 }
 
-/// Forgotten text leaves every file for good.
+/// Forgotten text is removed from every file for good.
 #[tokio::test]
 async fn forgotten_text_leaves_all_files() {
     run_test(async |t| {
@@ -412,7 +411,7 @@ async fn forgotten_text_leaves_all_files() {
         assert_eq!((t.events("failed"), t.events("waiting")), (0, 0));
         assert_eq!(t.events("forgotten"), 6);
 
-        // An event reported again is recognized; a new one is counted, and its text is not stored.
+        // An event reported again is recognized. A new one is counted, but its text is not stored.
         t.bigchat.reports(reported);
         t.bigchat.reports([message(42, 20, "S3cretNew"), end(42, 21)]);
         t.bigchat.reports(bigchat_sync::simulator::bigchat::raw(
@@ -420,14 +419,14 @@ async fn forgotten_text_leaves_all_files() {
         ));
         t.until_events("forgotten", 9).await;
         assert_eq!((t.events("failed"), t.events("waiting")), (0, 0));
-        assert_eq!(t.our_api.count("*S3cretNew*"), 0, "nothing of it is sent");
+        assert_eq!(t.our_api.count("*S3cretNew*"), 0, "its text is not sent");
         let stored = "SELECT count(*) FROM events WHERE data LIKE '%S3cret%'";
         assert_eq!(t.value::<i64>(stored), 0);
         until("the poll has ended", async || t.value::<i64>("SELECT count(*) FROM inbox") == 0).await;
         done(t, &["forget", "42", "--yes"]);
         assert_eq!(files_with(t, "S3cret"), [] as [String; 0]);
 
-        // Neither a loss nor a verification brings it back.
+        // Neither a loss nor a verification restores the chat.
         t.our_api.calm();
         t.our_api.loses_everything();
         t.bigchat.reports([message(43, 30, "Still there?")]);
@@ -447,9 +446,9 @@ async fn forgotten_text_leaves_all_files() {
     .await;
 }
 
-/// A conversation loaded long before is not sent either.
+/// A forgotten conversation is not sent, even if it was loaded long before.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn forgotten_behind_many_others() {
+async fn forgotten_while_in_queue() {
     run_test(async |t| {
         t.differs("a conversation is forgotten");
         let daemon = t.start();
@@ -501,7 +500,7 @@ async fn forget_names_one_epoch_and_asks() {
     assert_eq!(
         printed(&undone),
         "0 failed events reopened\n",
-        "nothing is left of it"
+        "no discarded event is left"
     );
 }
 
@@ -535,10 +534,9 @@ async fn forget_with_request_in_flight() {
     .await;
 }
 
-/// What the program prints on standard output; it must succeed.
-fn stdout_of(arguments: &[&str]) -> String {
-    let mut program = std::process::Command::new(env!("CARGO_BIN_EXE_bigchat-sync"));
-    let output = program.args(arguments).env_clear().output();
+/// The program's standard output. The program must succeed, and has an empty environment.
+pub(super) fn stdout_of(arguments: &[&str]) -> String {
+    let output = program().args(arguments).env_clear().output();
     let output = output.expect("a process");
     assert!(
         output.status.success(),
@@ -609,7 +607,7 @@ fn help_shows_relevant_settings() {
 }
 
 #[tokio::test]
-async fn check_has_the_same_in_json() {
+async fn check_as_json() {
     run_test(async |t| {
         t.differs("nothing is reported");
         let report = json_of(t, &["check"]);
@@ -669,7 +667,7 @@ async fn commands_name_what_they_refuse() {
     );
 }
 
-/// A consumer continues an export at the time of the last event it has, without repeating earlier ones.
+/// A consumer can continue an export at the time of its last event, without repeating earlier ones.
 #[tokio::test]
 async fn export_period_to_the_millisecond() {
     run_test(async |t| {
@@ -693,7 +691,7 @@ async fn export_period_to_the_millisecond() {
     .await;
 }
 
-/// The reader of the result has gone.
+/// A reader that has gone does not make the command fail.
 #[tokio::test]
 async fn verify_into_a_closed_pipe() {
     run_test(async |t| {
@@ -710,9 +708,9 @@ async fn verify_into_a_closed_pipe() {
     .await;
 }
 
-/// A verification whose progress cannot be written is not left to the daemon.
+/// A verification whose output cannot be written is withdrawn, not left to the daemon.
 #[tokio::test]
-async fn verify_on_a_full_disk_is_withdrawn() {
+async fn verify_with_failed_output_is_withdrawn() {
     run_test(async |t| {
         let daemon = t.start();
         t.delivers([message(42, 5, "Hello")]).await;
@@ -730,7 +728,7 @@ async fn verify_on_a_full_disk_is_withdrawn() {
     .await;
 }
 
-/// An empty file is like a missing one, as `check` creates nothing.
+/// `check` treats an empty file like a missing one, and does not change it.
 #[test]
 fn check_changes_no_empty_file() {
     let bench = Bench::unreachable();

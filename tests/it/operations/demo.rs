@@ -1,4 +1,4 @@
-//! The demo as a user runs it: its output, its exit code, and that it cleans up.
+//! The demo as a user runs it: its output, exit code and cleanup.
 
 use crate::harness::process::{files, printed, program};
 use crate::harness::run_live_test;
@@ -55,7 +55,7 @@ fn run(flags: &[&str]) -> Output {
 
 fn assert_left_clean(temporary: &Path) {
     let left = files(temporary);
-    assert!(left.is_empty(), "the temporary database is gone: {left:?}");
+    assert!(left.is_empty(), "files left behind: {left:?}");
 }
 
 fn assert_proved(output: &Output) {
@@ -87,7 +87,7 @@ fn demo_with_a_stable_log() {
     ]));
 }
 
-/// The demo still compares both services.
+/// A demo that a signal ends early still compares both services.
 #[test]
 fn signal_ends_the_demo_early() {
     let temporary = tempfile::tempdir().expect("a directory");
@@ -129,7 +129,7 @@ fn failed_events_retried_beside_demo() {
             path.clone_into(&mut db);
         }
         fixed |= line.starts_with("OurAPI is fixed");
-        // Not until the end: an event retried during the comparison would still be waiting.
+        // The last retry must come before the end: an event retried during the comparison would still be waiting.
         if fixed && retried < 3 && figure(&line, "failed").is_some_and(|failed| failed > 0) {
             // This time, everything that can be stored is delivered.
             let retry = program()
@@ -145,7 +145,7 @@ fn failed_events_retried_beside_demo() {
     assert_left_clean(temporary.path());
 }
 
-/// A reader that has seen enough ends the demo.
+/// The demo ends without an error if the reader of its output exits.
 #[test]
 fn closed_pipe_ends_the_demo() {
     let temporary = tempfile::tempdir().expect("a directory");
@@ -179,7 +179,7 @@ fn setting_without_effect_in_demo() {
 
 #[test]
 fn demo_port_is_taken() {
-    // The port is in use by this test or by another process.
+    // The port is taken by this test or by another process.
     let taken = TcpListener::bind("127.0.0.1:8267");
     let output = run(&["--serve"]);
     assert_eq!(output.status.code(), Some(1));

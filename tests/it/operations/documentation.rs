@@ -1,9 +1,9 @@
-//! The README and the manual: every command in them runs, and what they name exists.
+//! The README and the manual: every command in them runs, and everything that they name exists.
 //!
-//! A fenced `sh` or `console` block is run by a shell in a scratch directory, between the simulated services, over a
-//! database in which conversation 42 was delivered and events 17 to 20 have failed. The shell finds stand-ins for what
-//! needs root, systemd or a build ([`NOT_RUN`]), and one for the program that limits long runs. The arguments that the
-//! program was called with must also be valid.
+//! A shell runs each fenced `sh` or `console` block in a scratch directory, between the simulated services, with a
+//! database in which conversation 42 was delivered and events 17 to 20 have failed. The shell finds stand-ins for
+//! programs that need root, systemd or a build ([`NOT_RUN`]), and one for this program, which limits long runs. The
+//! arguments of all calls of this program must also be valid.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -17,6 +17,7 @@ use bigchat_sync::simulator::event::{message, start};
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, ValueEnum};
 
+use super::commands::stdout_of;
 use crate::harness::journal::dead_letter;
 use crate::harness::process;
 use crate::harness::web::{TOKEN, client, console_token, sent};
@@ -31,14 +32,14 @@ const NOT_RUN: [&str; 3] = [
     "litestream",
 ];
 
-/// Replaces `cargo`: the program is built, and running the tests in a test would never end.
+/// Replaces `cargo`, because the program is already built, and running the tests in a test would never end.
 const CARGO: &str = r#"case "$1" in
     build | test | bench) exit 0 ;;
     run) while [ "$1" != -- ]; do shift; done; shift; exec bigchat-sync "$@" ;;
 esac
 exit 64"#;
 
-/// Replaces the program. It records the arguments, stops a daemon once that runs, and shortens a demo.
+/// Replaces the program. Records the arguments, stops a daemon once it is running, and shortens a demo.
 const BOUNDED: &str = r#"{ for argument; do printf '%s\037' "$argument"; done; echo; } >> "$RECORD"
 case "$1" in
 run)
@@ -47,7 +48,7 @@ run)
     kill -TERM $daemon
     wait $daemon ;;
 status)
-    # Exit code 1 is right: no daemon runs.
+    # Exit code 1 is right: no daemon is running.
     "$PROGRAM" "$@" > "$HOME/status" || [ -s "$HOME/status" ] ;;
 demo)
     case "$*" in
@@ -64,7 +65,7 @@ demo)
         shift; left=$((left - 1))
     done
     "$PROGRAM" "$@" --duration 3s > "$HOME/demo" && exit
-    # What it has fail is left for the operator, and counts as a difference.
+    # The events that it makes fail are left to the operator, and count as a difference.
     case "$*" in *--faults*) grep -q ' can never be stored' "$HOME/demo" && exit ;; esac
     cat "$HOME/demo"; exit 71 ;;
 *) exec "$PROGRAM" "$@" ;;
@@ -352,11 +353,7 @@ fn every_chapter_is_printed() {
     );
     for chapter in Chapter::value_variants() {
         let name = chapter.to_possible_value().expect("a name");
-        let output = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"))
-            .args(["man", name.get_name()])
-            .output()
-            .expect("a process");
-        let text = String::from_utf8(output.stdout).expect("text");
+        let text = stdout_of(&["man", name.get_name()]);
         assert!(text.starts_with("# "), "{name:?}");
         assert_eq!(text, chapter.text());
         assert!(!text.contains("<!--"), "{name:?}");
@@ -416,7 +413,7 @@ fn documented_files_exist() {
     }
 }
 
-/// The cells of a chapter's tables, by row; headings and lines are left out.
+/// The cells of a chapter's tables, by row, without headings and lines.
 fn rows(chapter: Chapter) -> Vec<Vec<String>> {
     let text = chapter.text();
     let rows = text.lines().filter(|line| line.starts_with("| `"));
@@ -462,7 +459,7 @@ async fn every_metric_is_documented() {
         until("an event is measured", async || {
             let request = client().get(format!("{url}/metrics")).bearer_auth(TOKEN);
             metrics = sent(request).await.text().await.expect("text");
-            // The pass in idle time begins once nothing waits.
+            // The pass in idle time begins once nothing is waiting.
             metrics.contains("bigchat_sync_newest_event_age_seconds ")
                 && metrics.contains("bigchat_sync_verification_left_chats ")
         })
@@ -510,14 +507,14 @@ fn every_alert_is_documented() {
     );
 }
 
-/// Messages explained in the run book are messages of the program.
+/// Messages explained in the runbook are messages of the program.
 #[test]
 fn explained_messages_exist() {
     let sources = files(&repository().join("src"));
     let sources = sources
         .iter()
         .filter(|path| path.extension().is_some_and(|extension| extension == "rs"));
-    // Of the two APIs, the run book names one.
+    // The runbook names only one of the two APIs.
     let source = sources
         .map(|path| read(path).replace("{api}", "OurAPI"))
         .collect::<String>();

@@ -1,4 +1,4 @@
-//! The heartbeat: what a dead man's switch receives, and that its response has no effect.
+//! The heartbeats that a dead man's switch receives. Its responses have no effect.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
@@ -12,14 +12,14 @@ use crate::harness::journal::dead_letter;
 use crate::harness::process::Process;
 use crate::harness::{Bench, run_live_test, until};
 
-/// A service that takes heartbeats as healthchecks.io does.
+/// A service that receives heartbeats, as healthchecks.io does.
 struct Switch {
     url: String,
     received: Arc<Mutex<Vec<String>>>,
 }
 
 impl Switch {
-    /// It answers with these heads in turn, and 200 after them.
+    /// Starts a switch that answers with these heads in turn, and then with 200.
     async fn start(heads: &[&str]) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let url = format!("http://{}/s3cret", listener.local_addr().expect("a port"));
@@ -44,14 +44,14 @@ impl Switch {
         self.received.lock().expect("no panic").clone()
     }
 
-    /// Waits for the first request.
+    /// Waits for the first request, and returns it.
     async fn first(&self) -> String {
         until("a heartbeat", async || !self.received().is_empty()).await;
         self.received().remove(0)
     }
 }
 
-/// A complete request.
+/// Reads a complete request.
 async fn read_request(stream: &mut tokio::net::TcpStream) -> String {
     let mut request = Vec::new();
     loop {
@@ -82,7 +82,7 @@ fn start(t: &Bench, url: &str) -> Process {
 }
 
 #[tokio::test]
-async fn healthy_daemon_is_heard() {
+async fn healthy_daemon_sends_one_heartbeat() {
     run_live_test(async |t| {
         let switch = Switch::start(&[]).await;
         let daemon = start(t, &switch.url);
@@ -91,17 +91,13 @@ async fn healthy_daemon_is_heard() {
         t.bigchat.further_polls(3).await;
         assert_eq!(switch.received().len(), 1, "once a minute");
         assert!(daemon.stop().await.success());
-        assert!(!daemon_log(t).contains("s3cret"), "{}", daemon_log(t));
+        assert!(!t.logged().contains("s3cret"), "{}", t.logged());
     })
     .await;
 }
 
-fn daemon_log(t: &Bench) -> String {
-    std::fs::read_to_string(t.directory().join("log")).expect("a log")
-}
-
 #[tokio::test]
-async fn problems_are_posted_without_customers_text() {
+async fn problems_posted_without_message_text() {
     run_live_test(async |t| {
         t.fails(1);
         t.bigchat.open(10, t.now() - 100, 1);
@@ -170,16 +166,15 @@ async fn redirect_is_not_followed() {
         let moved = format!("302 Found\r\nlocation: {}", elsewhere.url);
         let switch = Switch::start(&[&moved]).await;
         let daemon = start(t, &switch.url);
-        until("a warning", async || {
-            daemon.lines_with("a heartbeat was not received") == 1
-        })
-        .await;
+        daemon
+            .until_logged_times("a heartbeat was not received", 1)
+            .await;
         assert_eq!(daemon.lines_with("302 Found"), 1);
         t.bigchat.open(10, t.now() - 100, 1);
         t.delivers([message(10, t.now() - 1, "all the same")]).await;
         assert_eq!(elsewhere.received().len(), 0);
         assert!(daemon.stop().await.success());
-        assert!(!daemon_log(t).contains("s3cret"));
+        assert!(!t.logged().contains("s3cret"));
     })
     .await;
 }
@@ -188,15 +183,14 @@ async fn redirect_is_not_followed() {
 async fn unreachable_switch_is_only_a_warning() {
     run_live_test(async |t| {
         let daemon = start(t, "http://127.0.0.1:1/s3cret");
-        until("a warning", async || {
-            daemon.lines_with("a heartbeat was not received") == 1
-        })
-        .await;
+        daemon
+            .until_logged_times("a heartbeat was not received", 1)
+            .await;
         t.bigchat.open(10, t.now() - 100, 1);
         t.delivers([message(10, t.now() - 1, "all the same")]).await;
         assert!(t.status().1);
         assert!(daemon.stop().await.success());
-        assert!(!daemon_log(t).contains("s3cret"));
+        assert!(!t.logged().contains("s3cret"));
     })
     .await;
 }
@@ -215,9 +209,9 @@ async fn heartbeat_url_is_checked_at_start() {
     .await;
 }
 
-/// The database refuses writes: only the daemon itself knows that.
+/// Only the daemon itself can report that the database refuses writes.
 #[tokio::test]
-async fn journal_that_refuses_is_reported() {
+async fn unwritable_journal_is_reported() {
     run_live_test(async |t| {
         let switch = Switch::start(&[]).await;
         t.bigchat.open(10, t.now() - 100, 1);

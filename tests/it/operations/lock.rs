@@ -1,7 +1,6 @@
-//! `--our-api-lock`: several daemons of one machine take turns at one OurAPI, which takes one request at a time.
+//! `--our-api-lock`: several daemons on one machine take turns with one OurAPI, which accepts one request at a time.
 
 use std::fs::{self, File};
-use std::process::Command;
 use std::time::Duration;
 
 use bigchat_sync::settings::Tokens;
@@ -12,8 +11,9 @@ use bigchat_sync::simulator::fault::overdue;
 use bigchat_sync::simulator::{self, ANY_PORT, Starting};
 use tokio::time::{sleep, timeout};
 
-use crate::harness::process::{Process, printed};
+use crate::harness::process::{Process, Signal, printed};
 use crate::harness::services::BigChat;
+use crate::harness::web::{client, sent};
 use crate::harness::{Bench, Test, run_live_test, until};
 
 /// A daemon between its own BigChat and the OurAPI of the test.
@@ -25,7 +25,7 @@ struct Neighbour {
 
 impl Neighbour {
     async fn new(t: &Test, seed: u64, quiet: bool) -> Self {
-        // It stores its events, so that a daemon that dies before it has stored them reads them again.
+        // BigChat stores its events, so that a daemon that dies before it has stored them can read them again.
         let log = Log {
             events_per_second: 3.0,
             ..Log::default()
@@ -56,12 +56,7 @@ fn lock_file(t: &Bench) -> String {
     t.directory().join("our-api.lock").display().to_string()
 }
 
-fn kill(daemon: &Process) {
-    let killed = Command::new("kill").args(["-KILL", &daemon.id()]).status();
-    assert!(killed.expect("a process").success());
-}
-
-/// The differences between OurAPI and all reports.
+/// The differences between OurAPI and the reports of all BigChats.
 fn difference(t: &Test, neighbours: &[Neighbour]) -> Option<String> {
     let mut all = expected(&[], &Rules::default());
     for Neighbour {
@@ -82,7 +77,7 @@ fn difference(t: &Test, neighbours: &[Neighbour]) -> Option<String> {
     (!report.is_clean() || report.chats() == 0).then(|| report.to_string())
 }
 
-/// Waits until OurAPI has what all of them reported.
+/// Waits until OurAPI has what all BigChats reported.
 async fn agree(t: &Test, neighbours: &[Neighbour]) {
     let mut last = None;
     let agreed = timeout(Duration::from_secs(60), async {
@@ -113,7 +108,7 @@ async fn three_daemons_take_turns() {
         }
         // One of them dies during its work, and starts again.
         let dead = daemons.remove(0);
-        kill(&dead);
+        dead.signal(Signal::KILL);
         dead.ended().await;
         daemons.push(start(&neighbours[0]));
         for neighbour in &neighbours {
@@ -130,7 +125,7 @@ async fn three_daemons_take_turns() {
     .await;
 }
 
-/// The request of a dead daemon is waited for.
+/// The other daemons wait until the last request of a dead one has ended.
 #[tokio::test]
 async fn daemon_dies_during_request() {
     run_live_test(async |t| {
@@ -154,7 +149,7 @@ async fn daemon_dies_during_request() {
         let dead = Process::start(&one.bench);
         one.bigchat.further_polls(1).await;
         other.bigchat.further_polls(1).await;
-        // OurAPI carries it out even though the client is dead.
+        // OurAPI carries the request out even though the client is dead.
         let at_work = overdue(Duration::from_secs(2));
         t.our_api.upset("POST /chats/{id}/messages", at_work);
         report(one, "from the dead");
@@ -162,8 +157,12 @@ async fn daemon_dies_during_request() {
         let asked = t.our_api.total();
         report(other, "from the living");
         other.bench.until_events("waiting", 1).await;
-        assert_eq!(t.our_api.total(), asked, "it waits for its turn");
-        kill(&dead);
+        assert_eq!(
+            t.our_api.total(),
+            asked,
+            "the other daemon waits for its turn"
+        );
+        dead.signal(Signal::KILL);
         dead.ended().await;
         other.bench.until_events("delivered", 1).await;
         assert_eq!(alive.lines_with("the last holder of the lock ended"), 1);
@@ -178,7 +177,7 @@ async fn daemon_dies_during_request() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn waiting_for_the_lock_is_no_attempt() {
+async fn lock_wait_is_no_attempt() {
     run_live_test(async |t| {
         let path = lock_file(t);
         t.set("--our-api-lock", &path);
@@ -188,17 +187,16 @@ async fn waiting_for_the_lock_is_no_attempt() {
         t.bigchat.open(10, t.now() - 100, 1);
         t.bigchat.reports([message(10, t.now() - 1, "in turn")]);
         t.until_events("waiting", 1).await;
-        let client = reqwest::Client::builder().no_proxy().build();
-        let client = client.expect("a client");
+        let client = client();
         let waited = async || {
-            let asked = client.get(format!("{url}/metrics")).send().await;
-            let text = asked.expect("an answer").text().await.expect("a text");
+            let answer = sent(client.get(format!("{url}/metrics"))).await;
+            let text = answer.text().await.expect("a text");
             let series = "bigchat_sync_our_api_lock_wait_seconds_total ";
             let value = text.lines().find_map(|line| line.strip_prefix(series));
             value.expect("a sample").parse::<f64>().expect("a number")
         };
         until("the time is counted", async || waited().await > 0.0).await;
-        // The lock does not delay the stop, which would wait up to 8 s for a request.
+        // The stop does not wait for the lock, although it would wait up to 8 s for a request.
         let began = std::time::Instant::now();
         daemon.stop().await;
         assert!(began.elapsed() < Duration::from_secs(5));

@@ -1,4 +1,5 @@
-//! The log of the real process: JSON with documented names, a line for each failure, none for routine, and no flood.
+//! The log of the real process: JSON with documented names, a line for each failure, no lines for routine work, and no
+//! flood.
 
 use crate::harness::process::{Process, finished, printed, unreachable};
 use crate::harness::services::seeded;
@@ -24,7 +25,7 @@ fn lines(log: &str) -> Vec<Value> {
         .collect()
 }
 
-/// How many lines there are of each message.
+/// The number of lines with each message.
 fn messages(log: &str) -> BTreeMap<String, usize> {
     let mut messages = BTreeMap::new();
     for line in lines(log) {
@@ -58,7 +59,7 @@ async fn with_log(t: &Bench, summary: &str) -> Process {
     daemon
 }
 
-/// A mistyped level is the name of a module, and would hide every line.
+/// A mistyped level is read as the name of a module, and would hide every line.
 #[test]
 fn invalid_rust_log_is_reported() {
     for (level, is_invalid) in [
@@ -83,7 +84,7 @@ fn invalid_rust_log_is_reported() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_line_is_documented_json() {
     run_with(seeded(31), async |t| {
-        t.differs("it is stopped before all is delivered");
+        t.differs("the daemon is stopped before all is delivered");
         let daemon = with_log(t, "100ms").await;
         t.bigchat.reports_more(100).await;
         for fault in [dropped(), status(503), html(), status(401)] {
@@ -180,11 +181,12 @@ async fn healthy_daemon_logs_summaries_only() {
     .await;
 }
 
-/// An outage with a thousand conversations waiting is one line at its beginning and one at its end.
+/// An outage while a thousand conversations are waiting takes one line at its beginning and one at its end, besides the
+/// first failure.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn outage_is_logged_twice() {
     run_live_test(async |t| {
-        t.differs("it is stopped before all is delivered");
+        t.differs("the daemon is stopped before all is delivered");
         let now = t.now();
         let events = (10..1010).map(|id| message(id, now - 5, "hello"));
         for id in 10..1010 {
@@ -224,7 +226,7 @@ async fn outage_is_logged_twice() {
     .await;
 }
 
-/// If there are many failures, the first are logged in full, and the others are counted.
+/// Of many failures, the first ones are logged in full, and the others are counted.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_failures_are_counted() {
     run_live_test(async |t| {
@@ -244,7 +246,7 @@ async fn many_failures_are_counted() {
         let daemon = with_log(t, "1h").await;
         t.until_events("failed", 100).await;
         t.until_events("delivered", 100).await;
-        // Now every other message meets a 500: some are retried repeatedly while others succeed.
+        // Now every other message gets a 500, so some are retried repeatedly while others succeed.
         t.our_api.upset_at_random(0.5, crashed());
         let events = (10..110).map(|id| message(id, now - 4, "and on"));
         t.bigchat.reports(events);
@@ -316,7 +318,7 @@ async fn once_logs_a_summary() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn catching_up_logs_time_left() {
     run_live_test(async |t| {
-        t.differs("it is stopped before all is delivered");
+        t.differs("the daemon is stopped before all is delivered");
         t.our_api.set_latency(Duration::from_millis(50));
         let now = t.now();
         for id in 10..40 {
@@ -342,7 +344,7 @@ async fn catching_up_logs_time_left() {
     .await;
 }
 
-/// A filter for one module of this program is obeyed, and one for other modules only is reported.
+/// A filter for one module of this program is obeyed, and one that is only for other modules is reported as ignored.
 #[test]
 fn rust_log_for_modules() {
     for (filter, is_invalid) in [

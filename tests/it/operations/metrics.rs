@@ -1,4 +1,4 @@
-//! The metrics: they match the services' own counts, and show which part has a problem.
+//! The metrics match the services' own counts, and show which part has a problem.
 
 use crate::harness::process::{fed, printed};
 use crate::harness::services::{ADD_MESSAGE, seeded};
@@ -32,7 +32,7 @@ impl Measured {
         answer.text().await.expect("a text")
     }
 
-    /// A sample's value; 0 if it is missing.
+    /// The value of a sample; 0 if it is missing.
     async fn value(&self, series: &str) -> f64 {
         value(&self.text().await, series).unwrap_or_default()
     }
@@ -85,7 +85,7 @@ async fn counts_match_the_services() {
                 of_api("requests_total"),
                 of_api("request_duration_seconds_count"),
             );
-            // A GET over a connection that the service had closed was lost, and sent again.
+            // A GET over a connection that the service had closed was lost and sent again.
             let lost: f64 = ["events", "conversations/{id}", "agents", "chats"]
                 .iter()
                 .filter_map(|route| {
@@ -147,7 +147,8 @@ async fn stuck_source_and_stuck_delivery() {
             .until_signs("everything is healthy", all_healthy)
             .await;
 
-        // Polls are empty: the only sign is that BigChat reports nothing new. A minute is too long for a test.
+        // Polls are empty, so the only sign is that BigChat reports nothing new. Waiting a minute for that would take
+        // too long.
         t.execute(&format!("UPDATE poll_state SET newest_event = {old}"));
         measured
             .until_signs("stale data", (true, false, true))

@@ -1,4 +1,4 @@
-//! One daemon for each database, whatever the name by which it is opened; SQLite's own locks stay.
+//! Only one daemon can use a database, by whatever name the database is opened. SQLite's own locks are not lost.
 
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -29,7 +29,7 @@ async fn started_by_dangling_link() -> (TempDir, Process) {
     (directory, daemon)
 }
 
-/// A second daemon is refused, since the first one works on the database of that name.
+/// Checks that a second daemon is refused, because the first one uses the database with this name.
 fn is_refused(mut second: Command, name: &str) {
     let second = second.output().expect("a process");
     assert_eq!(second.status.code(), Some(1), "{name}");
@@ -79,7 +79,7 @@ async fn second_daemon_through_bind_mount() {
     }
 }
 
-/// SQLite names the write-ahead log after the database, so a command with another name would create a second one.
+/// SQLite names the write-ahead log after the database, so a command that uses another name would create a second log.
 #[tokio::test]
 async fn command_by_another_database_name() {
     let (directory, _daemon) = started_by_dangling_link().await;
@@ -103,7 +103,7 @@ async fn command_by_another_database_name() {
     }
 }
 
-/// Closing any descriptor of a file drops the POSIX locks of the whole process on it.
+/// Closing any descriptor of a file drops all POSIX locks of the process on that file.
 #[test]
 fn sqlite_locks_survive_other_opens() {
     let directory = tempfile::tempdir().expect("a directory");

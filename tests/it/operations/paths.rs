@@ -36,7 +36,7 @@ fn run(directory: &Path, command: &str, db: &OsStr) -> Output {
     program.output().expect("a process")
 }
 
-/// A database with that name is created, used and checked repeatedly.
+/// Checks that a database with this name can be created, used and checked repeatedly.
 fn works_again_and_again(name: &OsStr) {
     for is_absolute in [false, true] {
         let directory = tempfile::tempdir().expect("a directory");
@@ -50,7 +50,7 @@ fn works_again_and_again(name: &OsStr) {
             let text = String::from_utf8_lossy(&once.stderr);
             assert!(text.contains("BigChat was not read"), "{name:?}: {text}");
             assert_eq!(files(path), [name], "{text}");
-            // No command shows how many sessions there were.
+            // No command shows the number of sessions.
             let connection = rusqlite::Connection::open(path.join(name)).expect("a database");
             let counted: i64 = connection
                 .query_row("SELECT session FROM control", [], |row| row.get(0))
@@ -103,7 +103,7 @@ fn odd_path_printed_escaped() {
                 true => [output.stdout, output.stderr].concat(),
             };
             let text = String::from_utf8(text).expect("UTF-8");
-            // It may be shown in its directory; in the log it is a JSON string.
+            // The path may be shown with its directory. In the log, it is a JSON string.
             let shown = shown.trim_start_matches('"');
             let in_json = serde_json::to_string(shown).expect("JSON");
             assert!(
@@ -166,7 +166,7 @@ fn bad_setting_beside_odd_path() {
     }
 }
 
-/// The unit has its database in the state directory, and ignores a path set for other commands.
+/// The unit's database is in the state directory. A path set for other commands is ignored.
 #[test]
 fn unit_ignores_database_in_environment() {
     for db in [&b"/srv/a.db"[..], b"\xff.db", b"a\nb"] {

@@ -1,4 +1,4 @@
-//! `bigchat-sync pause` and `resume`: polling continues, and nothing is sent to OurAPI.
+//! `bigchat-sync pause` and `resume`: during a pause, polling continues, and nothing is sent to OurAPI.
 
 use std::fs::File;
 use std::time::Duration;
@@ -6,10 +6,11 @@ use std::time::Duration;
 use bigchat_sync::settings::Tokens;
 use bigchat_sync::simulator::event::message;
 use bigchat_sync::simulator::fault::{paused, status};
-use reqwest::{Client, StatusCode};
+use reqwest::StatusCode;
 use serde_json::{Value, json};
 
 use crate::harness::process::{Process, printed};
+use crate::harness::web::{client, sent};
 use crate::harness::{Bench, Test, run_live_test, until};
 
 /// Runs a command to its end, and returns its exit code and what it printed.
@@ -31,7 +32,8 @@ fn resume(t: &Bench) -> String {
     text
 }
 
-/// Waits until the daemon is paused and requests in flight have ended. Returns how many requests OurAPI had.
+/// Waits until the daemon is paused and requests in flight have ended. Returns the number of requests that OurAPI has
+/// received.
 async fn until_paused(t: &Test, daemon: &Process) -> u64 {
     until("the pause takes effect", async || {
         daemon.lines_with("polling continues") > 0 && t.our_api.open_requests() == 0
@@ -53,10 +55,7 @@ async fn paused_daemon_polls_and_sends_nothing() {
         t.our_api.outage(Some(status(503)));
         t.bigchat
             .reports([message(10, now - 4, "during the outage")]);
-        until("OurAPI is probed", async || {
-            daemon.lines_with("OurAPI is down") == 1
-        })
-        .await;
+        daemon.until_logged_times("OurAPI is down", 1).await;
 
         let text = pause(t, &["--for", "1h"]);
         assert!(text.contains("polling continues"), "{text}");
@@ -88,7 +87,7 @@ async fn paused_daemon_polls_and_sends_nothing() {
         assert!(resume(t).contains("deliveries resume"));
         t.agrees().await;
         assert_eq!(daemon.lines_with("deliveries resume"), 1);
-        // Events that waited through the pause are not late. That OurAPI is up is recorded within a second.
+        // Events that waited because of the pause are not late. The state of OurAPI is recorded within a second.
         until("there is no problem", async || t.status().1).await;
         assert!(resume(t).contains("are not paused"));
         assert!(daemon.stop().await.success());
@@ -178,10 +177,7 @@ async fn verify_waits_for_resume() {
         let asked = t.our_api.total();
         pause(t, &[]);
         let verify = Process::start_as(t, t.program("verify"));
-        until("it says why it waits", async || {
-            verify.lines_with("deliveries are paused") > 0
-        })
-        .await;
+        verify.until_logged("deliveries are paused").await;
         assert_eq!(t.our_api.total(), asked);
         resume(t);
         assert!(verify.ended().await.success());
@@ -194,16 +190,15 @@ async fn verify_waits_for_resume() {
 async fn console_pauses_and_resumes() {
     run_live_test(async |t| {
         let (daemon, url) = t.start_listening(Tokens::default());
-        let client = Client::builder().no_proxy().build().expect("a client");
+        let client = client();
         let get = async |path: &str| {
-            let answer = client.get(format!("{url}{path}")).send().await;
-            let answer = answer.expect("an answer");
+            let answer = sent(client.get(format!("{url}{path}"))).await;
             (answer.status(), answer.text().await.expect("a text"))
         };
         let post = async |path: &str, body: Value| {
             let request = client.post(format!("{url}{path}"));
             let request = request.header("x-bigchat-sync", "1").json(&body);
-            let answer = request.send().await.expect("an answer");
+            let answer = sent(request).await;
             (answer.status(), answer.text().await.expect("a text"))
         };
         until("it is ready", async || get("/readyz").await.1 == "ok\n").await;

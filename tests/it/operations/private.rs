@@ -1,4 +1,4 @@
-//! Customers' messages and tokens are readable by the daemon's account only.
+//! Only the daemon's account can read customers' messages and tokens.
 
 use crate::harness::process::{Process, in_shell, printed};
 use crate::harness::{Bench, run_live_test, side_by_side, until};
@@ -18,7 +18,7 @@ fn chmod(path: &Path, mode: u32) {
     set_permissions(path, Permissions::from_mode(mode)).expect("a file of ours");
 }
 
-/// The modes of all of a database's files.
+/// The modes of all files of a database.
 fn modes(t: &Bench) -> Vec<(String, u32)> {
     let entries = std::fs::read_dir(t.directory()).expect("a directory");
     let mut modes: Vec<_> = entries

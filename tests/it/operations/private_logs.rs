@@ -1,4 +1,4 @@
-//! Customers' texts and advisors' names and addresses are in no log and no status, unless a setting allows it.
+//! No log and no status contains customers' texts or advisors' names and addresses, unless a setting allows it.
 
 use crate::harness::process::Process;
 use crate::harness::{Test, run_test, side_by_side};
@@ -7,7 +7,7 @@ use bigchat_sync::simulator::event::{message, start};
 use bigchat_sync::simulator::fault::{Fault, status};
 use serde_json::json;
 
-/// In each text, name and address.
+/// A part of each text, name and address.
 const SECRET: &str = "S3cret";
 
 /// A response that repeats the request, as validators do.
@@ -37,7 +37,7 @@ impl Case {
         Self::BigChatUnusable,
     ];
 
-    /// The resulting text in the log.
+    /// Text of the resulting line in the log.
     fn line(self) -> &'static str {
         match self {
             Self::MessageRefused => "OurAPI permanently rejects an event",
@@ -76,7 +76,7 @@ async fn log_and_status(t: &Test, case: Case, allowed: &str) -> String {
     daemon.until_logged(case.line()).await;
     let mut status = String::new();
     if !matches!(case, Case::MessageRefused) {
-        // The reasons of failed events are OurAPI's own words.
+        // The status would show the reasons of failed events, which are OurAPI's own words.
         status = t.status().0.to_string();
     }
     let log = daemon.log();

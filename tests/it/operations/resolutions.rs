@@ -60,7 +60,7 @@ async fn discarding_needs_yes_without_terminal() {
     }
 }
 
-/// The question has the count.
+/// The question states the number of events.
 #[tokio::test]
 async fn discarding_asks_on_a_terminal() {
     let bench = four_failed().await;
@@ -112,7 +112,7 @@ async fn command_records_its_user() {
         let mut retry = failed(&bench, &["retry", id]);
         retry.envs(variable);
         done(&retry.output().expect("a process"));
-        // It fails again.
+        // The retried event fails again.
         bench.execute(&format!(
             "INSERT INTO dead_letters (event, conversation, failed_at) VALUES ({id}, 100, 3000)"
         ));
@@ -120,7 +120,7 @@ async fn command_records_its_user() {
         let by = format!("retry by {expected}, command line\n");
         assert!(shown.contains(&by), "{by}: {shown}");
     }
-    // From before the user was recorded.
+    // As in a database from before users were recorded.
     bench.execute("UPDATE resolutions SET user = NULL WHERE event = 1");
     let shown = done(&failed(&bench, &["show", "1"]).output().expect("a process"));
     assert!(shown.contains("retry by command\n"), "{shown}");
@@ -158,7 +158,7 @@ async fn asked_by(uid: u32, url: &str, method: &str, path: &str, body: &Value) -
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// Without a token only the daemon's own user can resolve failed events in the console.
+/// Without a token, only the daemon's own user can resolve failed events in the console.
 #[tokio::test]
 async fn resolution_without_console_token() {
     let bench = four_failed().await;

@@ -2,18 +2,9 @@
 
 use bigchat_sync::cli::manual::Chapter;
 
-use crate::harness::process::program;
+use super::commands::stdout_of;
 
-fn printed(arguments: &[&str]) -> String {
-    let output = program()
-        .args(arguments)
-        .env_clear()
-        .output()
-        .expect("a process");
-    words(&String::from_utf8_lossy(&output.stdout))
-}
-
-/// Without line breaks, and without what a manual page adds.
+/// The text on one line, without the backslashes of a manual page.
 fn words(text: &str) -> String {
     let text = text.replace('\\', "");
     text.split_whitespace().collect::<Vec<_>>().join(" ")
@@ -23,7 +14,7 @@ fn words(text: &str) -> String {
 fn help_says_processes_count_together() {
     let rule = "All processes that use one OurAPI count together";
     for arguments in [&["--help"][..], &["run", "--help"], &["man"]] {
-        let text = printed(arguments);
+        let text = words(&stdout_of(arguments));
         assert!(text.contains(rule), "{arguments:?}");
         assert!(text.contains("see --our-api-concurrency"), "{arguments:?}");
     }

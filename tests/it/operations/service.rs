@@ -1,12 +1,13 @@
-//! As a service: notifications to systemd, the unit, completions, and the manual page.
+//! The program as a service: notifications to systemd, the unit, completions and the manual page.
 
+use super::commands::stdout_of;
 use crate::harness::process::{self, Process, fed};
 use crate::harness::{Bench, run_live_test, until};
 use bigchat_sync::simulator::fault::status;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixDatagram;
-use std::process::{Command, Output};
+use std::process::Command;
 use std::time::Duration;
 
 use tempfile::TempDir;
@@ -83,7 +84,7 @@ async fn systemd_is_notified_of_state() {
     .await;
 }
 
-/// The start is extended, and not reported as ready.
+/// While the database is locked, the start is extended, and not reported as complete.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn systemd_start_with_locked_database() {
     run_live_test(async |t| {
@@ -140,23 +141,9 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-fn program(arguments: &[&str]) -> Output {
-    let output = process::program()
-        .args(arguments)
-        .env_remove("BIGCHAT_SYNC_DB")
-        .output();
-    output.expect("a process")
-}
-
-fn printed(arguments: &[&str]) -> String {
-    let output = program(arguments);
-    assert!(output.status.success(), "{}", text(&output.stderr));
-    String::from_utf8(output.stdout).expect("text")
-}
-
 #[test]
 fn unit_has_the_settings_given() {
-    let unit = printed(&[
+    let unit = stdout_of(&[
         "unit",
         "--our-api-url=https://our-api.example/a%20b",
         "--external-id-prefix",
@@ -171,22 +158,24 @@ fn unit_has_the_settings_given() {
         )
     );
     // The service has another working directory.
-    let unit = printed(&["unit", "--our-api-lock", "our-api.lock"]);
+    let unit = stdout_of(&["unit", "--our-api-lock", "our-api.lock"]);
     let lock = std::path::absolute("our-api.lock").expect("a path");
     let flag = format!("--our-api-lock={}\n", lock.display());
     assert!(unit.contains(&flag), "{unit}");
-    let refused = program(&["unit", "--db", "elsewhere.db"]);
+    let mut refused = process::program();
+    refused.args(["unit", "--db", "elsewhere.db"]);
+    let refused = refused.output().expect("a process");
     assert_eq!(refused.status.code(), Some(2));
     assert!(text(&refused.stderr).contains("--db would have no effect"));
 }
 
-/// systemd also rates its confinement as good.
+/// systemd accepts the unit, and rates its confinement as good.
 #[test]
 #[ignore = "needs systemd"]
 fn systemd_accepts_the_unit() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("bigchat-sync.service");
-    let unit = printed(&["unit", "--external-id-prefix=50%", "--max-window=30m"]);
+    let unit = stdout_of(&["unit", "--external-id-prefix=50%", "--max-window=30m"]);
     std::fs::write(&path, unit).expect("a file");
     let analyze = |arguments: &[&str]| {
         let analyzed = Command::new("systemd-analyze")
@@ -199,14 +188,14 @@ fn systemd_accepts_the_unit() {
         text
     };
     assert_eq!(analyze(&["verify"]), "", "not even a warning");
-    // An exposure of at most 1.5 of 10; the unit of most services is above 9.
+    // The exposure is at most 1.5 of 10. Most services are above 9.
     analyze(&["security", "--offline=true", "--threshold=15"]);
 }
 
 #[test]
 fn completions_for_every_shell() {
     for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
-        let script = printed(&["completions", shell]);
+        let script = stdout_of(&["completions", shell]);
         for known in ["verify", "discard", "our-api-url", "repair"] {
             assert!(script.contains(known), "{shell} does not know {known}");
         }
@@ -217,7 +206,7 @@ fn completions_for_every_shell() {
             assert!(read.status.success(), "{shell}: {}", text(&read.stderr));
         }
     }
-    let script = printed(&["completions", "bash"]);
+    let script = stdout_of(&["completions", "bash"]);
     let ask = "COMP_WORDS=(bigchat-sync failed re); COMP_CWORD=2
         _bigchat__sync bigchat-sync re failed; echo \"${COMPREPLY[@]}\"";
     let completed = fed(&mut Command::new("bash"), &format!("{script}\n{ask}\n"));
@@ -232,8 +221,8 @@ fn completions_for_every_shell() {
 
 #[test]
 fn manual_has_commands_and_settings() {
-    let page = printed(&["man"]);
-    let help = printed(&["--help"]);
+    let page = stdout_of(&["man"]);
+    let help = stdout_of(&["--help"]);
     let flags = help
         .split_whitespace()
         .filter(|word| word.starts_with("--"));
@@ -281,7 +270,7 @@ fn manual_has_commands_and_settings() {
     }
 }
 
-/// Each line for systemd's journal has a priority.
+/// Each line for systemd's journal begins with its priority.
 #[tokio::test]
 async fn journal_lines_have_priorities() {
     run_live_test(async |t| {
@@ -298,7 +287,7 @@ async fn journal_lines_have_priorities() {
             once.status().expect("a process");
             std::fs::read_to_string(path).expect("a log")
         };
-        // A failed poll is a detail; the reason for a failed program is an error.
+        // A failed poll is a detail, but the reason why the program failed is an error.
         t.bigchat.outage(Some(status(401)));
         let log = once("text", None);
         let mut lines: Vec<&str> = log.lines().collect();

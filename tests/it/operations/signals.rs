@@ -1,7 +1,8 @@
-//! Signals: SIGHUP reads the token files again, a closed terminal stops the daemon cleanly, and a SIGTERM that `timeout`
+//! Signals: SIGHUP reloads the token files, a closed terminal stops the daemon cleanly, and a SIGTERM that `timeout`
 //! sends twice counts once.
 
 use crate::harness::process::{Process, STOPS_WITHIN, Signal, free_address, terminal, through};
+use crate::harness::web::client;
 use crate::harness::{Bench, Test, run_live_test, run_test, side_by_side, until};
 use bigchat_sync::simulator::event::message;
 
@@ -20,7 +21,7 @@ fn write(directory: &Path, name: &str, token: &str) {
     std::fs::write(directory.join(name), token).expect("a file");
 }
 
-/// The tokens of the latest requests to both.
+/// The tokens of the latest requests to both APIs.
 fn sent(t: &Test) -> BTreeSet<Option<String>> {
     let bigchat = t.bigchat.ever_asked("");
     let our_api = t.our_api.ever_asked("");
@@ -34,7 +35,7 @@ fn only(token: &str) -> BTreeSet<Option<String>> {
     BTreeSet::from([Some(format!("Bearer {token}"))])
 }
 
-/// Reports another message, and waits until it is delivered, with that token in both requests.
+/// Reports another message, and waits until it is delivered and the latest requests to both APIs have this token.
 async fn delivers_with(t: &Test, token: &str) {
     let delivered = t.our_api.message_count();
     let text = format!("message {delivered}");
@@ -49,10 +50,10 @@ async fn delivers_with(t: &Test, token: &str) {
     .await;
 }
 
-/// New tokens are used without a restart; a bad one is rejected, and the old one stays in use.
+/// New tokens are used without a restart. A bad one is rejected, and the old one stays in use.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rotated_token_files() {
-    // Files named by variables, and files that systemd hands over.
+    // With files that variables name, and with files that systemd passes.
     side_by_side([false, true], async |systemd| {
         run_test(async |t| {
             let tokens = tempfile::tempdir().expect("a directory");
@@ -114,7 +115,7 @@ async fn rotated_token_files() {
     .await;
 }
 
-/// The tokens stay, and the daemon keeps running.
+/// SIGHUP does not change tokens in the environment, and the daemon continues.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sighup_with_tokens_in_environment() {
     run_test(async |t| {
@@ -135,7 +136,7 @@ async fn sighup_with_tokens_in_environment() {
     .await;
 }
 
-/// The console accepts the new token only, and sessions of the old one end.
+/// The console accepts only the new token, and sessions of the old one end.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rotated_console_token() {
     run_live_test(async |t| {
@@ -147,7 +148,7 @@ async fn rotated_console_token() {
         run.env("BIGCHAT_SYNC_CONSOLE_TOKEN_FILE", &file)
             .env_remove("BIGCHAT_SYNC_CONSOLE_TOKEN");
         let daemon = Process::start_as(t, run);
-        let client = reqwest::Client::new();
+        let client = client();
         let status = async |header: [(&str, String); 2]| {
             let mut request = client.get(format!("http://{address}/api/status"));
             for (name, value) in header {
@@ -210,7 +211,7 @@ async fn stop_while_token_file_hangs() {
         let daemon = Process::start_as(t, run);
         t.until_polled().await;
         std::fs::remove_file(&file).expect("a file");
-        // Opening it waits for a writer.
+        // Opening a FIFO waits for a writer.
         let made = Command::new("mkfifo").arg(&file).status();
         assert!(made.expect("mkfifo").success());
         daemon.signal(Signal::HUP);
@@ -221,7 +222,7 @@ async fn stop_while_token_file_hangs() {
     .await;
 }
 
-/// Starts a daemon with its own terminal. Returns its log, and the other end of the terminal.
+/// Starts a daemon with its own terminal. Returns the daemon and the other end of the terminal.
 fn start_on_a_terminal(t: &Bench, command: &str) -> (Process, File) {
     let (master, slave) = terminal();
     let log = File::create(t.log()).expect("a log");
@@ -260,9 +261,9 @@ async fn closed_terminal_stops_daemon_cleanly() {
     .await;
 }
 
-/// The same signal within a second counts once; any other second one ends the daemon at once.
+/// A SIGTERM repeated within a second counts once. Any other second SIGTERM or SIGINT ends the daemon immediately.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn same_signal_sent_twice() {
+async fn second_signal_of_each_kind() {
     let cases = [
         ([Signal::TERM, Signal::TERM], 0, 0),
         ([Signal::TERM, Signal::HUP], 0, 0),

@@ -14,10 +14,10 @@ use std::time::Duration;
 
 use rustix::fs::{OFlags, fcntl_setfl};
 
-/// The time limit for an end that waits for nothing; the machine may be busy.
+/// The time limit for an immediate end, if the machine is busy.
 const AT_ONCE: Duration = Duration::from_secs(4);
 
-/// The output's destination, and the files that must stay open for it.
+/// A destination of the output, and the file that must stay open for it.
 struct Sink {
     what: &'static str,
     to: OwnedFd,
@@ -106,7 +106,7 @@ impl HangingDisk {
         Self(holder)
     }
 
-    /// Waits until a process waits for it.
+    /// Waits until a process is waiting for the disk.
     async fn until_awaited(&self) {
         let id = self.0.id();
         until("the database is opened", async || {
@@ -120,7 +120,7 @@ impl HangingDisk {
     }
 }
 
-/// Polling, delivery and the console continue.
+/// Polling, delivery and the console do not wait for the log.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn log_is_not_read() {
     side_by_side(Sink::all(), async |sink| {
@@ -156,7 +156,7 @@ async fn log_is_not_read() {
     .await;
 }
 
-/// A second signal ends the daemon at once, even if its output is stalled.
+/// A second signal ends the daemon immediately, even if its output is stalled.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn second_signal_without_output() {
     side_by_side(Sink::all(), async |sink| {
@@ -176,7 +176,7 @@ async fn second_signal_without_output() {
     .await;
 }
 
-/// The daemon stops in time.
+/// A daemon that waits for its disk stops in time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hanging_disk_without_output() {
     side_by_side(Sink::all(), async |sink| {
@@ -192,7 +192,7 @@ async fn hanging_disk_without_output() {
     .await;
 }
 
-/// The exit code is the same.
+/// The exit code is the same as with working output.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bad_setting_without_output() {
     side_by_side(Sink::all(), async |sink| {
@@ -228,7 +228,7 @@ async fn bad_setting_without_output() {
 async fn systemd_socket_is_full() {
     run_live_test(async |t| {
         let socket = t.directory().join("notify");
-        // It never reads.
+        // The manager never reads.
         let _manager = UnixDatagram::bind(&socket).expect("a socket");
         let mut run = t.program("run");
         run.env("NOTIFY_SOCKET", &socket)

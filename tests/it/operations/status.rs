@@ -74,7 +74,7 @@ pub(super) async fn check(t: &Bench) -> (bool, String) {
     (status.success(), String::from_utf8(stdout).expect("text"))
 }
 
-/// The status shows each problem, with a remedy, whether or not a daemon runs.
+/// The status shows each problem, with a remedy, whether or not a daemon is running.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn status_with_and_without_daemon() {
     run_live_test(async |t| {
@@ -100,7 +100,7 @@ async fn status_with_and_without_daemon() {
                 .as_i64()
                 .is_some_and(|behind| behind < 60)
         );
-        // Over four minutes, the rate is less.
+        // Over four minutes, the rate is lower.
         t.execute("UPDATE activity SET minute = minute - 4");
         let (status, _) = t.status();
         for rate in ["received_per_minute", "delivered_per_minute"] {
@@ -154,7 +154,7 @@ async fn status_with_and_without_daemon() {
     .await;
 }
 
-/// `check` sends requests to the APIs only if no daemon runs.
+/// `check` sends requests to the APIs only if no daemon is running.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn check_beside_a_daemon() {
     run_live_test(async |t| {
@@ -210,7 +210,7 @@ async fn check_beside_a_daemon() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn check_of_wrong_settings() {
-    // Each describes itself.
+    // Each server describes itself.
     let server = async |title: &str, route: &str, answers: &str, body: Value| {
         let server = MockServer::start().await;
         let description = json!({"info": {"title": title, "version": "1"}, "paths": {route: {}}});
@@ -231,7 +231,7 @@ async fn check_of_wrong_settings() {
         passed && report.contains("says it is \"Big Chat 1\""),
         "{report}"
     );
-    assert!(!bench.db().exists(), "it makes no database");
+    assert!(!bench.db().exists(), "`check` creates no database");
 
     let swapped = Bench::new(&our_api.uri(), &bigchat.uri());
     let (passed, report) = check(&swapped).await;
@@ -299,7 +299,7 @@ async fn exit_code_of_once() {
     .await;
 }
 
-/// The first pass only begins the period, and many milliseconds are shown in seconds.
+/// Before the first verification pass, the status shows when it begins. Long delays are shown in seconds.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn status_before_first_verification() {
     run_live_test(async |t| {
@@ -317,7 +317,7 @@ async fn status_before_first_verification() {
     .await;
 }
 
-/// Without the tokens, no API is asked.
+/// If a token cannot be read, no request is sent to the APIs.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn check_without_token_file() {
     run_live_test(async |t| {
@@ -335,7 +335,7 @@ async fn check_without_token_file() {
     .await;
 }
 
-/// How many requests OurAPI receives until it has carried out the one in flight.
+/// The number of requests that OurAPI receives before it has carried out the one in flight.
 async fn requests_meanwhile(t: &Test) -> u64 {
     let (asked, mut meanwhile) = (t.our_api.total(), 0);
     until("it is carried out", async || {
@@ -350,7 +350,7 @@ async fn requests_meanwhile(t: &Test) -> u64 {
     meanwhile
 }
 
-/// After a crash, the daemon's last request may still be in flight.
+/// `check` waits for the last request of a daemon that has crashed, which may still be in flight.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn check_after_crash_waits_for_request() {
     run_live_test(async |t| {
@@ -371,14 +371,14 @@ async fn check_after_crash_waits_for_request() {
     .await;
 }
 
-/// A request of `check` may still be in flight when the daemon starts.
+/// A daemon waits for a request of `check`, which may still be in flight when the daemon starts.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn daemon_waits_for_request_of_check() {
     side_by_side([true, false], async |is_killed| {
         run_live_test(async |t| {
             let daemon = delivered(t).await;
             daemon.stop().await;
-            // The check gives up after 2 s, and OurAPI carries the request out later.
+            // The check gives up after 2 s, but OurAPI carries the request out after 3 s.
             t.set("--request-timeout", if is_killed { "4s" } else { "2s" });
             t.our_api
                 .upset("GET /chats", overdue(Duration::from_secs(3)));
@@ -405,12 +405,12 @@ async fn daemon_waits_for_request_of_check() {
 
 /// The wait of a retried dead letter begins with the retry.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn retried_event_waits_since_the_retry() {
-    // Above the offset and below.
+async fn wait_begins_with_the_retry() {
+    // The event is above the offset in the first case, and not in the second.
     side_by_side([0, 1], async |offset| {
         run_live_test(async |t| {
             t.bigchat.open(42, t.now() - 100, 1);
-            // It was received in 1970.
+            // The event was received in 1970.
             let failed = failed_messages(["the disk was full"]);
             t.fill(&format!(
                 "{failed} UPDATE conversations SET offset = {offset};"
@@ -440,7 +440,7 @@ async fn retried_event_waits_since_the_retry() {
     .await;
 }
 
-/// A loss that nobody restores is a problem, also if chats are not verified in idle time.
+/// A loss that is not restored is a problem, even if chats are not verified in idle time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unrestored_loss_is_a_problem() {
     run_live_test(async |t| {

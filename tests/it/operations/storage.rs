@@ -1,11 +1,11 @@
-//! A full disk, a database that another process locks, reads, moves or deletes: polling pauses, the cursor stays, and it
-//! continues automatically. A damaged database is refused untouched.
+//! A full disk, or a database that another process locks, reads, moves or deletes: polling pauses, the cursor stays,
+//! and polling continues automatically. A damaged database is refused and not changed.
 
 use crate::harness::process::{
     Process, finished, has_posix_lock, in_own_mounts, in_shell, printed, unreachable,
 };
 use crate::harness::services::{ADD_MESSAGE, NOW};
-use crate::harness::web::{Console, succeeds};
+use crate::harness::web::{Console, client, sent, succeeds};
 use crate::harness::{Bench, Test, run_live_test, run_test, side_by_side, until};
 use bigchat_sync::simulator::event::{message, start};
 use bigchat_sync::simulator::fault::{paused, slow, status};
@@ -42,7 +42,7 @@ fn contents(directory: &Path) -> BTreeMap<String, Vec<u8>> {
     files
 }
 
-/// A database with some events, as left by a daemon that was stopped.
+/// Creates a database with some events, as a daemon that was stopped leaves it.
 async fn with_events(t: &Test) {
     let now = t.now();
     t.bigchat.open(10, now - 100, 1);
@@ -130,7 +130,7 @@ async fn second_daemon_is_refused() {
     .await;
 }
 
-/// The program with a limit on the size of files in KiB, until [`lift`]ed, as on a full disk.
+/// Starts the daemon with a limit on the size of its files, as on a full disk, until the limit is [`lift`]ed.
 fn on_a_small_disk(t: &Bench, kibibytes: u32) -> Process {
     let limit = format!("ulimit -S -f {}", kibibytes * 2);
     Process::start_as(t, in_shell(&limit, &t.program("run")))
@@ -153,7 +153,7 @@ async fn received_on_full_disk(t: &Test) -> (Process, Option<i64>) {
     let daemon = on_a_small_disk(t, 1024);
     t.bigchat.reports([message(10, now - 6, "before")]);
     t.until_events("delivered", 1).await;
-    // A twin, which would show whether the page was ingested twice; and an event that fills the page.
+    // The twins would show whether the page is ingested twice. The large event exceeds the limit.
     let large = "x".repeat(2 << 20);
     let events = ["twin", "twin", &large].map(|text| message(10, now - 5, text));
     t.bigchat.reports(events);
@@ -208,7 +208,7 @@ async fn stop_while_disk_is_full() {
     .await;
 }
 
-/// A page is stored at the stop if there is space again.
+/// When the daemon stops, a page is stored if there is space again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn stop_after_disk_was_full() {
     run_live_test(async |t| {
@@ -222,7 +222,7 @@ async fn stop_after_disk_was_full() {
     .await;
 }
 
-/// The daemon waits for space.
+/// A daemon waits for space if the disk is full at the start.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn disk_full_at_the_start() {
     run_live_test(async |t| {
@@ -243,7 +243,7 @@ async fn disk_full_at_the_start() {
     .await;
 }
 
-/// The daemon waits for it.
+/// A daemon waits for a database that is locked at the start.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn database_locked_at_the_start() {
     run_live_test(async |t| {
@@ -265,7 +265,8 @@ async fn database_locked_at_the_start() {
 /// Claimed events are delivered while the database is locked, and committed afterwards.
 #[tokio::test]
 async fn delivery_while_database_is_locked() {
-    // As many conversations as are claimed at once, each with more messages than are sent before the database is locked.
+    // As many conversations as are claimed together, each with more messages than are sent before the database is
+    // locked.
     let conversations = 2..34;
     run_test(async |t| {
         let daemon = t.start();
@@ -290,7 +291,7 @@ async fn delivery_while_database_is_locked() {
     .await;
 }
 
-/// A long reader delays nothing, and the write-ahead log shrinks afterwards.
+/// A long-running reader delays nothing, and the write-ahead log shrinks afterwards.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn write_ahead_log_after_long_reader() {
     const LIMIT: u64 = 8 << 20;
@@ -367,7 +368,7 @@ async fn database_moved_away() {
     .await;
 }
 
-/// Waiting events are delivered, or reported as lost.
+/// Events that were waiting are delivered, or reported as lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn database_deleted_while_running() {
     side_by_side([true, false], async |our_api_is_up| {
@@ -394,14 +395,14 @@ async fn database_deleted_while_running() {
                 let text = t.logged();
                 assert!(text.contains("events in it that are lost: 1"), "{text}");
             }
-            assert!(!t.db().exists(), "none is made in its place");
+            assert!(!t.db().exists(), "no other one is created in its place");
         })
         .await;
     })
     .await;
 }
 
-/// A command and a daemon that creates its database do not disturb each other.
+/// A command does not disturb a daemon that is creating its database.
 #[test]
 fn command_while_database_is_made() {
     std::thread::scope(|scope| {
@@ -433,7 +434,7 @@ fn make_beside_a_command(n: u32) {
     assert!(is_acceptable, "{n}: daemon {daemon:?}, beside {beside:?}");
 }
 
-/// The reads of the console leave the daemon its lock on the database.
+/// Reads by the console do not release the daemon's lock on the database.
 #[tokio::test]
 async fn console_leaves_the_database_lock() {
     run_live_test(async |t| {
@@ -448,12 +449,12 @@ async fn console_leaves_the_database_lock() {
     .await;
 }
 
-/// Old events are dropped although each poll takes longer than the interval.
+/// Old events are dropped even if each poll takes longer than the interval.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn retention_with_slow_polls() {
     run_live_test(async |t| {
         with_events(t).await;
-        // Delivering ten thousand events takes too long.
+        // Delivering ten thousand events would take too long.
         t.execute(
         "WITH RECURSIVE number(n) AS (VALUES (1) UNION ALL SELECT n + 1 FROM number WHERE n < 10000)
          INSERT INTO events (conversation, kind, event_at, data, fingerprint, received_at)
@@ -473,7 +474,7 @@ async fn retention_with_slow_polls() {
         let after = polls() - before;
         assert!(
             after < 10,
-            "{after} polls, of which each drops 500 at least"
+            "{after} polls, each of which drops at least 500"
         );
     })
     .await;
@@ -542,7 +543,7 @@ async fn status_on_full_disk() {
     .await;
 }
 
-/// It is normal that no poll completes for a while, but not for longer.
+/// It is a problem only if no poll has completed for several poll intervals.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn status_without_completed_poll() {
     run_live_test(async |t| {
@@ -564,7 +565,8 @@ async fn status_without_completed_poll() {
     .await;
 }
 
-/// `check` does not ask OurAPI beside a daemon, although the database is no longer there to show that one runs.
+/// `check` sends nothing to OurAPI beside a daemon, even if the database is gone and cannot show that a daemon is
+/// running.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn check_after_database_was_deleted() {
     run_live_test(async |t| {
@@ -599,17 +601,16 @@ async fn check_after_database_was_deleted() {
     .await;
 }
 
-/// While BigChat is down, a database that can be written again is not reported as one that cannot.
+/// A database that can be written again is not reported as unwritable while BigChat is down.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn database_is_writable_during_an_outage() {
     run_live_test(async |t| {
         let (_daemon, url) = t.start_listening(Tokens::default());
         t.until_polled().await;
-        let client = reqwest::Client::builder().no_proxy().build();
-        let client = client.expect("a client");
+        let client = client();
         let ready = async || {
-            let asked = client.get(format!("{url}/readyz")).send().await;
-            asked.expect("an answer").text().await.expect("a text")
+            let answer = sent(client.get(format!("{url}/readyz"))).await;
+            answer.text().await.expect("a text")
         };
         let refused = "the journal cannot be written";
         let lock = t.lock_database();

@@ -1,4 +1,5 @@
-//! A directory that cannot be written: `check` and the daemon report why, and commands that only read still work.
+//! A directory in which nothing can be written: `check` and the daemon report why, and commands that only read still
+//! work.
 
 use crate::harness::{Test, run_live_test, side_by_side};
 use bigchat_sync::simulator::event::message;
@@ -12,10 +13,10 @@ use crate::harness::process::{
     Process, files, in_own_mounts, printed, through, unreachable as program,
 };
 
-/// An account without rights.
+/// The user id of an account without rights.
 const UNPRIVILEGED: u32 = 65_534;
 
-/// Makes the directory read-only, for one process.
+/// A shell command that makes the directory read-only for one process.
 const READ_ONLY: &str = "mount --bind \"$PWD\" \"$PWD\" && mount -o remount,bind,ro \"$PWD\"";
 
 fn run(mut program: Command) -> (bool, String) {
@@ -23,7 +24,7 @@ fn run(mut program: Command) -> (bool, String) {
     (output.status.success(), printed(&output))
 }
 
-/// `check` and `once` report the same problem and the same remedy.
+/// Checks that `check` and `once` report the same problem and the same remedy.
 fn both_say(program: impl Fn(&str) -> Command, expected: &[&str]) {
     for command in ["check", "once"] {
         let (succeeded, text) = run(program(command));
@@ -111,7 +112,7 @@ fn directory_on_read_only_system() {
     }
 }
 
-/// Runs it as an account that may not write; `None`: this user cannot switch to it.
+/// The command, run by an account that may not write. `None`: this user cannot switch to the account.
 fn unprivileged(mut program: Command) -> Option<Command> {
     let mut probe = Command::new(program.get_program());
     let started = probe
@@ -161,7 +162,7 @@ fn account_without_rights() {
     assert!(succeeded && text.contains("no event has failed"), "{text}");
 }
 
-/// A database with a failed event, and whether the daemon was killed.
+/// Creates a database with a failed event, by a daemon that is then killed or stopped.
 async fn with_a_failed_event(t: &Test, killed: bool) {
     let now = t.now();
     t.bigchat.open(10, now - 100, 1);
@@ -237,7 +238,7 @@ async fn reading_while_daemon_writes_elsewhere() {
     .await;
 }
 
-/// Without `-shm` SQLite cannot read the log, and without the log the latest changes would be missing.
+/// Without the `-shm` file, SQLite cannot read the log, and without the log, the latest changes would be missing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn write_ahead_log_without_shm() {
     run_live_test(async |t| {
@@ -259,7 +260,7 @@ async fn write_ahead_log_without_shm() {
     .await;
 }
 
-/// A pipe would hang, and the mode of a device must not change.
+/// Opening a pipe would hang, and the mode of a device must not change.
 #[test]
 fn database_is_no_regular_file() {
     let directory = tempfile::tempdir().expect("a directory");
