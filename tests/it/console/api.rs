@@ -1,4 +1,4 @@
-//! The API of the console: its pages, resolutions that are recorded, and bad requests.
+//! The API of the console: its pages, recorded resolutions, and bad requests.
 
 use crate::harness::journal::failed_messages;
 use crate::harness::web::{Console, console_token};
@@ -73,7 +73,7 @@ async fn resolution_by_id_reason_and_all() {
             discard(json!({"ids": [1, 2, 2, 99]})).await,
             json!({"done": 2, "next": null})
         );
-        // All of them failed at 2000. An operator who resolves earlier ones has not seen them.
+        // All of them failed at 2000 ms. An operator who resolves only earlier failures has not seen them.
         for unseen in [
             json!({"reason": "another", "failed_by": "1970-01-01T00:00:01.999Z"}),
             json!({"all": true, "failed_by": "1970-01-01T00:00:01.999Z"}),
@@ -118,7 +118,7 @@ async fn resolution_by_id_reason_and_all() {
         assert!(!can_undo(11) && can_undo(1), "{log}");
         assert_eq!(discard(json!({"ids": [11]})).await["done"], 1);
 
-        // The rest is retried at once, and delivered.
+        // The rest is retried together, and delivered.
         assert_eq!(
             console.resolve("retry", json!({"all": true})).await.1["done"],
             5
@@ -192,7 +192,7 @@ async fn conversation_shows_each_effect() {
     .await;
 }
 
-/// An unknown id is answered with 404, a bad query with 400, each with an error.
+/// An unknown id is answered with 404, and a bad query with 400, each with an error.
 #[tokio::test]
 async fn unknown_ids_and_bad_queries() {
     run_test(async |t| {
@@ -270,7 +270,7 @@ async fn search_by_event_id() {
     .await;
 }
 
-/// Without the token the page is served, and no data.
+/// Without the token, the page is served, but no data is.
 #[tokio::test]
 async fn page_without_the_token() {
     run_test(async |t| {

@@ -1,4 +1,4 @@
-//! The console in a real browser: an operator's actions, and their effect in OurAPI and in the journal.
+//! The console in a real browser: an operator's actions, and their effects in OurAPI and in the journal.
 //!
 //! `cargo test console:: -- --ignored` runs these; they need Debian's `chromium` and `chromium-driver`.
 
@@ -35,7 +35,7 @@ impl<'a> Desk<'a> {
     }
 
     async fn over(t: &'a Test, tokens: Tokens) -> Self {
-        // A wrong clock would be a problem.
+        // The status would report a stopped clock as a problem.
         t.bigchat.clock_runs(0);
         let (daemon, url) = t.start_listening(tokens);
         t.delivers([start(42, 0), message(42, 5, "Hello, is anybody there?")])
@@ -235,7 +235,7 @@ async fn groups_discarded_one_and_all() {
     .await;
 }
 
-/// A search finds a conversation by its id, its chat and its agent; its page shows what was sent.
+/// A search finds a conversation by its id, its chat or its agent. The conversation's page shows what was sent.
 #[tokio::test]
 #[ignore = "needs chromium"]
 async fn conversations_found_by_search() {
@@ -470,7 +470,7 @@ async fn console_by_keyboard_alone() {
         browser
             .until("location.hash.startsWith('#/failed') && location.hash !== '#/failed/5'")
             .await;
-        // A space on a checkbox, a letter in the search: not commands.
+        // Letters and spaces in the search field are not commands.
         browser.press("/gd").await;
         browser.press(SPACE).await;
         browser
@@ -687,8 +687,8 @@ fn six_hours() -> String {
     )
 }
 
-/// `BIGCHAT_SYNC_TEST_PICTURES=1` stores the pictures, for the README; with Debian's `fonts-inter`, they have the font
-/// that the page prefers.
+/// `BIGCHAT_SYNC_TEST_PICTURES=1` stores the pictures for the README. They have the font that the page prefers if
+/// Debian's `fonts-inter` is installed.
 #[tokio::test]
 #[ignore = "needs chromium"]
 async fn pictures_in_both_themes() {

@@ -25,7 +25,7 @@ async fn found(console: &Console<'_>, id: i64) -> Value {
     found["conversations"][0].take()
 }
 
-/// The same. The conversation's own page must show the same.
+/// The same. The conversation's own page must agree with it.
 async fn conversation(console: &Console<'_>, id: i64) -> Value {
     let found = found(console, id).await;
     let path = format!("/api/conversations/{}", found["key"]);
@@ -34,7 +34,7 @@ async fn conversation(console: &Console<'_>, id: i64) -> Value {
     found
 }
 
-/// What cannot be parsed is shown as received, although its conversation is known.
+/// An event that cannot be parsed is shown as received, although its conversation is known.
 #[tokio::test]
 async fn unreadable_event_is_shown_as_received() {
     run_test(async |t| {
@@ -49,7 +49,7 @@ async fn unreadable_event_is_shown_as_received() {
     .await;
 }
 
-/// A text is complete, whatever characters are in it.
+/// A text is shown completely, whatever characters are in it.
 #[tokio::test]
 async fn texts_with_control_characters() {
     let texts = [
@@ -217,7 +217,7 @@ async fn retries_that_can_succeed() {
         }
         let Console { t, daemon, .. } = console;
         daemon.stop().await;
-        // An event that failed after all its attempts may succeed once the cause is gone.
+        // An event that has used up its attempts may succeed once the cause is gone.
         t.execute(&spent(90, 42));
         let console = Console::new(t, Tokens::default());
         assert_eq!(conversation(&console, 42).await["permanent"], false);

@@ -17,7 +17,7 @@ struct Desk {
 }
 
 impl Desk {
-    /// With a journal filled by SQL.
+    /// Opens the console of a journal that was filled by this SQL.
     async fn over(t: &Test, sql: &str) -> Self {
         t.fill(sql).await;
         Self::new(t).await
@@ -305,7 +305,7 @@ async fn ids_of_64_bits() {
     ];
     let mut sql = String::new();
     for (index, id) in ids.iter().enumerate() {
-        // Two neighbours, so that a rounded id would be that of the other one.
+        // Neighbouring ids, so that a rounded id would be that of another row.
         let key = 9_007_199_254_740_993 + index;
         sql += &format!(
             "INSERT INTO conversations (id, epoch, bigchat_id, first_advisor, transfer_advisor, transfer_at, details, external_id)
@@ -352,7 +352,7 @@ async fn ids_of_64_bits() {
             desk.browser.until_text(".audit", &format!("#{key}")).await;
             desk.browser.until_text(".audit", &id.to_string()).await;
         }
-        // Only one matches.
+        // Only this event is discarded, and not its neighbours.
         let second = 9_007_199_254_740_994_i64;
         desk.go("#/failed?reason=why", ".rows li").await;
         desk.browser
@@ -516,7 +516,7 @@ async fn retry_highlighted_if_it_can_succeed() {
             (unreadable, "discard"),
             (spent, "retry"),
         ] {
-            // Only the first one.
+            // Only the first button is highlighted.
             let primary = |within: &str| {
                 format!(
                     "JSON.stringify([...document.querySelectorAll('{within} button:not(.icon)')] \

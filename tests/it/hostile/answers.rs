@@ -1,4 +1,4 @@
-//! Hostile or broken responses cost bounded time and memory and cause a warning. No other data is lost.
+//! Hostile or broken responses cost bounded time and memory, and cause a warning. No other data is lost.
 
 use crate::harness::process::Process;
 use crate::harness::services::{NOW, ROUTES, Tampered, tampering, unix, window, with_header};
@@ -11,7 +11,7 @@ use std::time::Duration;
 use serde::de::IgnoredAny;
 use serde_json::json;
 
-/// More than a debug build needs for the largest response that it reads (32 MiB), in MiB.
+/// The memory limit, in MiB. A debug build needs less for the largest response that it reads (32 MiB).
 const MEMORY: u64 = 256;
 
 fn deep(levels: usize) -> String {
@@ -42,9 +42,9 @@ fn bodies() -> Vec<String> {
     ]
 }
 
-/// A successful response whose body violates the contract loses nothing and duplicates nothing.
+/// A successful response whose body violates the contract causes no loss and no duplicate.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn success_with_another_body() {
+async fn success_with_unexpected_body() {
     side_by_side(ROUTES, async |route| {
         for body in bodies() {
             run_live_test(async |t| {
@@ -88,7 +88,7 @@ async fn success_with_another_body() {
     .await;
 }
 
-/// JSON of a wrong type or out of range.
+/// JSON values of wrong types or out of range.
 fn values() -> Vec<String> {
     let mut values: Vec<String> = [
         "null",

@@ -1,4 +1,4 @@
-//! Services that deviate from the contract: their spelling of agents, their errors, and their events.
+//! Services that deviate from the contract: in their spelling of agents, their errors and their events.
 
 use crate::harness::services::{time, unix};
 use crate::harness::{Bench, run_test, side_by_side, until};
@@ -9,7 +9,7 @@ use bigchat_sync::simulator::fault::{Fault, status};
 use bigchat_sync::simulator::id;
 use serde_json::{Value, json};
 
-/// Answers every request for agents with these.
+/// Answers every request for agents with this list.
 fn agents(listed: &[(&str, &str, &str)]) -> Fault {
     let listed = listed
         .iter()
@@ -72,7 +72,7 @@ async fn agent_equal_to_our_api() {
     .await;
 }
 
-/// A conversation that no advisor has taken yet has a chat without an agent, and is a probe like any other.
+/// A conversation that no advisor has taken yet gets a chat without an agent, and can be used to probe for a restart.
 #[tokio::test]
 async fn conversation_without_an_advisor() {
     run_test(async |t| {
@@ -135,7 +135,7 @@ async fn agent_stored_in_another_spelling() {
     .await;
 }
 
-/// If an agent is neither created nor listed, that is no outage, and the chat has no agent.
+/// If an agent is neither created nor listed, OurAPI does not count as down, and the chat has no agent.
 #[tokio::test]
 async fn agent_neither_created_nor_listed() {
     side_by_side([404, 409], async |code| {

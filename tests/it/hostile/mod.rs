@@ -1,4 +1,4 @@
-//! Answers that the contract does not allow, and everything failing at once.
+//! Responses that the contract does not allow, and everything failing at the same time.
 
 mod answers;
 mod chaos;

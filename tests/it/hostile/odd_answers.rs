@@ -51,7 +51,7 @@ async fn odd_value_costs_its_event() {
         ],
         async |bad| {
             run_test(async |t| {
-                t.differs("pages are changed on their way");
+                t.differs("pages are altered in transit");
                 let body = format!(
                     r#"{{"total":NaN,"events":[{},{bad},{}],"nextPageUrl":"?page=2"}}"#,
                     message_json("one"),
@@ -89,7 +89,7 @@ async fn odd_value_in_unused_field() {
         ],
         async |odd| {
             run_test(async |t| {
-                t.differs("pages are changed on their way");
+                t.differs("pages are altered in transit");
                 let event = format!(
                     r#"{{"weight":{odd},"conversation_id":42,"event_name":"MESSAGE",
                 "event_at":{at}.0,"data":{{"weight":{odd},"message":"one"}}}}"#
@@ -134,7 +134,7 @@ async fn text_decoded_as_declared() {
         ],
         async |(headers, body)| {
             run_test(async |t| {
-                t.differs("pages are changed on their way");
+                t.differs("pages are altered in transit");
                 answering(t, headers, body).await;
                 t.once().await;
                 assert_eq!(t.our_api.messages(), ["Grüße"], "{headers}");
@@ -169,7 +169,7 @@ async fn bytes_of_another_encoding() {
         ]
         .concat();
         run_test(async |t| {
-            t.differs("pages are changed on their way");
+            t.differs("pages are altered in transit");
             answering(t, "", body).await;
             t.once().await;
             assert_eq!(t.our_api.sorted_messages(), ["one", "two"], "{shown}");
@@ -201,7 +201,7 @@ async fn compressed_body_is_read() {
         ],
         async |(headers, body)| {
             run_test(async |t| {
-                t.differs("pages are changed on their way");
+                t.differs("pages are altered in transit");
                 answering(t, headers, body.clone()).await;
                 t.once().await;
                 assert_eq!(t.our_api.messages(), ["one"], "{headers}");
@@ -271,7 +271,7 @@ async fn page_without_events() {
         .into_iter()
         .enumerate(),
         async |(case, upset)| {
-            // An hour without events in a backlog.
+            // A backlog with an hour without events.
             run_test(async |t| {
                 t.set("--since", &time(-7200));
                 t.bigchat.reports([message(42, 1, "one")]);
@@ -424,7 +424,7 @@ async fn cursor_does_not_move() {
             whats.any(|what| what.contains("has not advanced"))
         };
         assert!(!shown());
-        // Two minutes are too long for a test.
+        // Waiting two minutes would take too long.
         t.execute("UPDATE poll_state SET cursor_moved_at = cursor_moved_at - 121000");
         for what in ["at first", "after another poll"] {
             assert!(shown(), "{what}");
@@ -437,7 +437,7 @@ async fn cursor_does_not_move() {
     .await;
 }
 
-/// The starts of the windows that were requested.
+/// The starts of the requested windows.
 fn starts(t: &Test) -> Vec<String> {
     let asked = t.bigchat.ever_asked("GET /events?start_at=");
     let starts = asked
@@ -496,7 +496,7 @@ async fn new_date_for_ten_polls() {
     .await;
 }
 
-/// A BigChat that is read from 20:00 on, and rejects windows that start with one of these.
+/// Makes BigChat reject windows that begin at these times. Reading begins at 20:00.
 async fn refusing(t: &Test, code: u16, starts: &[&str]) {
     t.set("--since", &time(-7200));
     for start in starts {
@@ -508,7 +508,7 @@ async fn refusing(t: &Test, code: u16, starts: &[&str]) {
     }
 }
 
-/// The oldest window that BigChat answers is read, and the status shows the gap.
+/// The oldest window that BigChat accepts is read, and the status shows the gap.
 #[tokio::test]
 async fn window_is_too_old() {
     let quarters = ["20", "21%3A0", "21%3A1", "21%3A2"];
@@ -599,8 +599,8 @@ async fn window_is_too_long() {
     .await;
 }
 
-/// Events of the kinds in `--ignore-events` are dropped. Even the maximum number of pages of a poll, full of them, does
-/// not hide a later event.
+/// Events of the kinds in `--ignore-events` are dropped. A later event is read even if they fill the maximum number of
+/// pages of a poll.
 #[tokio::test]
 async fn ignored_kinds_hide_nothing() {
     let odd = |n: i64| event(42, "TYPING", n, json!({"n": n}));
@@ -626,7 +626,7 @@ async fn ignored_kinds_hide_nothing() {
     .await;
 }
 
-/// Even the maximum number of pages of a poll, full of unparsable events, does not hide a later event.
+/// A later event is read even if unparsable events fill the maximum number of pages of a poll.
 #[tokio::test]
 async fn page_budget_of_unreadable_events() {
     run_test(async |t| {
