@@ -36,7 +36,7 @@ async fn machine_clock_an_hour_off() {
     .await;
 }
 
-/// If BigChat's clock steps, nothing is lost, and polls keep their rate.
+/// If BigChat's clock steps, nothing is lost, and the polls keep their rate.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bigchat_clock_steps() {
     run_live_test(async |t| {
@@ -145,7 +145,7 @@ async fn details_from_after_a_restart() {
             let daemon = t.start();
             t.until_cursor(NOW).await;
             if was_ahead {
-                // The difference is so small that the date is believed at once.
+                // The difference is so small that the date is believed immediately.
                 t.bigchat.clock(NOW + 500);
                 t.until_cursor(NOW + 500).await;
                 t.bigchat.further_polls(1).await;
@@ -193,13 +193,13 @@ async fn machine_clock_behind_and_no_answer() {
     .await;
 }
 
-/// A new process reads the time since the last poll, although BigChat's clock was ahead then.
+/// A new process reads the time since the last poll, although BigChat's clock was ahead at that poll.
 #[tokio::test]
 async fn clock_corrected_between_processes() {
-    // By how much the clock was ahead of the corrected one, how long ago that was, and when the event happened.
+    // How far the clock was ahead, how long ago that was, and how long ago the event happened.
     side_by_side([(300, 60, 30), (9, 20, 18)], async |(ahead, ago, age)| {
         run_with(quiet_log(Log::default()), async |t| {
-            // The poll seems to have been earlier.
+            // The poll is made to look `ago` seconds old.
             t.bigchat.clock_runs(ahead - ago);
             t.once().await;
             let millis = ago * 1000;
@@ -217,7 +217,7 @@ async fn clock_corrected_between_processes() {
     .await;
 }
 
-/// When BigChat's clock steps back, the time since the last poll is read, although the cursor was ahead of it.
+/// When BigChat's clock steps back, the time since the last poll is read, although the cursor is ahead of the new time.
 #[tokio::test]
 async fn time_before_a_step_back_is_read() {
     run_live_test(async |t| {

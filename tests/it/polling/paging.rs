@@ -1,4 +1,4 @@
-//! Windows and pages, and responses that are neither.
+//! Windows and pages, and responses that are not pages.
 
 use crate::harness::services::{NOW, tampering, time, unix, window, with_body, with_header};
 use crate::harness::{Test, run_test, side_by_side, until};
@@ -80,7 +80,7 @@ async fn failed_page_across_restarts() {
 
 #[tokio::test]
 async fn missing_page_restarts_the_window() {
-    // Three times at once, then once in each of two more polls.
+    // After a 500, the page is requested three times immediately, and then once in each of two more polls.
     side_by_side([(404, 1), (422, 1), (500, 5)], async |(answer, times)| {
         run_test(async |t| {
             t.bigchat.reports(page([message(42, 1, "one")], "?page=2"));
@@ -203,7 +203,7 @@ async fn next_page_of_wrong_type() {
     .await;
 }
 
-/// Each unparsable event becomes a dead letter with its raw JSON and the reason; the others on the page are delivered.
+/// Each unparsable event becomes a dead letter with its raw JSON and the reason. The others on the page are delivered.
 #[tokio::test]
 async fn unreadable_events_are_dead_lettered() {
     let at = unix(5);
@@ -279,7 +279,7 @@ async fn unreadable_events_are_dead_lettered() {
     .await;
 }
 
-/// The cursor stays.
+/// The cursor does not move after a response that is not a page.
 #[tokio::test]
 async fn response_that_is_no_page() {
     let elsewhere = MockServer::start().await;
@@ -324,7 +324,7 @@ async fn response_that_is_no_page() {
     assert_eq!(received.expect("it records").len(), 0);
 }
 
-/// A page with additional data of that size.
+/// A response with this much additional data.
 fn padded(answer: &[u8], mebibytes: usize) -> Vec<u8> {
     let text = String::from_utf8_lossy(answer);
     let (_, body) = text.split_once("\r\n\r\n").expect("an answer");
@@ -335,7 +335,7 @@ fn padded(answer: &[u8], mebibytes: usize) -> Vec<u8> {
 
 type Tamper = fn(Vec<u8>) -> Vec<u8>;
 
-/// A truncated or too large body is not accepted as a page.
+/// A body that is truncated or too large is not accepted as a page.
 #[tokio::test]
 async fn body_cut_off_or_too_large() {
     let cut_off: Tamper = |answer| answer[..answer.len() - 10].to_vec();
@@ -376,7 +376,7 @@ fn messages(texts: &str) -> Vec<Value> {
     texts.map(|text| message(42, 5, text)).collect()
 }
 
-/// Equal messages on later pages count separately, except in an overlap of shifted pages.
+/// Equal messages on later pages count separately, except where pages have shifted and overlap.
 #[tokio::test]
 async fn equal_messages_on_later_pages() {
     for (case, first, second, expected) in [
@@ -462,7 +462,7 @@ async fn page_repeated_by_another_url() {
     .await;
 }
 
-/// A page that equals an earlier one than the previous does not complete the poll.
+/// A page that equals an earlier page, but not the previous one, does not complete the poll.
 #[tokio::test]
 async fn equal_pages_apart() {
     run_test(async |t| {
@@ -517,7 +517,7 @@ async fn transfers_reported_again() {
     .await;
 }
 
-/// Each of equal messages on one page counts, but not again in a later poll.
+/// Each of several equal messages on one page counts, but none counts again in a later poll.
 #[tokio::test]
 async fn equal_messages_on_one_page() {
     run_test(async |t| {
@@ -619,7 +619,7 @@ async fn date_cannot_be_read() {
     .await;
 }
 
-/// Pages with a message each, of which each leads to the next.
+/// Reports pages with one message each. Each page links to the next.
 fn reports_pages(t: &Test, pages: i64) {
     let event = |n: i64| message(42, n, &format!("text {n}"));
     for n in 1..pages {
@@ -702,7 +702,7 @@ async fn ten_pages_without_events() {
     .await;
 }
 
-/// A window of more pages than a budget is read again to its end.
+/// A window with more pages than the page budget is read again to its end.
 #[tokio::test]
 async fn window_rescanned_across_restarts() {
     run_test(async |t| {
@@ -718,7 +718,7 @@ async fn window_rescanned_across_restarts() {
         t.once().await;
         t.once().await;
         assert_eq!(t.our_api.messages().len(), 202);
-        // From the beginning, although a poll's pages have no new events.
+        // The window is read from its beginning, although no page of the first poll has a new event.
         pages(202);
         t.bigchat.reports([message(42, 203, "text 203")]);
         t.once().await;
@@ -744,7 +744,7 @@ async fn broken_connection_is_retried_at_once() {
     .await;
 }
 
-/// A rate limit of BigChat outlasts a restart, and is an hour at the most.
+/// A rate limit of BigChat outlasts a restart, and lasts an hour at most.
 #[tokio::test]
 async fn bigchat_retry_after_across_restart() {
     let now = SystemTime::now();
@@ -808,7 +808,7 @@ async fn bigchat_retry_after() {
     .await;
 }
 
-/// A rate limit in the middle of a window does not start it again.
+/// A rate limit in the middle of a window does not restart the window.
 #[tokio::test]
 async fn rate_limit_between_pages() {
     run_test(async |t| {
@@ -826,7 +826,7 @@ async fn rate_limit_between_pages() {
     .await;
 }
 
-/// `once` delivers although BigChat does not answer whether it has restarted.
+/// `once` delivers even if BigChat does not answer the probe for a restart.
 #[tokio::test]
 async fn once_without_details() {
     run_test(async |t| {
@@ -841,7 +841,7 @@ async fn once_without_details() {
     .await;
 }
 
-/// A BigChat that answers only for windows of up to ten minutes is read up to now, by the daemon and by `once`.
+/// A BigChat that answers only for windows of up to ten minutes is read up to the present, by the daemon and by `once`.
 #[tokio::test]
 async fn long_windows_are_not_answered() {
     side_by_side([true, false], async |once| {
@@ -872,7 +872,7 @@ async fn long_windows_are_not_answered() {
     .await;
 }
 
-/// A wrong date after a restart mixes no epochs.
+/// A wrong date after a restart does not mix up epochs.
 #[tokio::test]
 async fn wrong_date_after_a_restart() {
     run_test(async |t| {
