@@ -1,4 +1,4 @@
-//! The consequences of each failure of either API, and the journal's record of it.
+//! The consequences of each failure of either API, and the attempts recorded in the journal.
 
 use crate::harness::process::free_address;
 use crate::harness::services::{NOW, line, time, unix};
@@ -46,19 +46,20 @@ fn heads(asked: &[String]) -> Vec<&str> {
     asked.iter().map(|line| &line[..head(line)]).collect()
 }
 
-/// Shortens the time-out for cases with a late response. In other cases, a busy machine could time out, too.
+/// Shortens the request timeout for cases with a late response. In other cases, requests could time out on a busy
+/// machine.
 fn time_out_if_late(t: &Bench, case: &str) {
     if case.contains("late") {
         t.set("--request-timeout", "1s");
     }
 }
 
-/// After a crash no request is sent to OurAPI for as long as one may take.
+/// Shortens the request timeout, because nothing is sent to OurAPI for that long after a crash.
 fn shorten_request_timeout(t: &Bench) {
     t.set("--request-timeout", "4s");
 }
 
-/// Checks the one failed attempt at the latest event of a kind.
+/// Checks the only failed attempt at the latest event of a kind.
 fn failed_once(t: &Bench, kind: &str, case: &str, reason: &str, request: &str, response: &str) {
     let attempts = t.failed_attempts(t.latest(kind));
     let [attempt] = &attempts[..] else {
@@ -76,7 +77,7 @@ fn failed_once(t: &Bench, kind: &str, case: &str, reason: &str, request: &str, r
 
 /// A message is sent again after each failure; if its outcome is unknown, the chat is read first.
 #[tokio::test]
-async fn message_meets_each_failure() {
+async fn message_after_each_failure() {
     let elsewhere = MockServer::start().await;
     let redirect = status(307).header("location", &elsewhere.uri());
     let no_agent_named = status(400).body(r#"{"detail":"That agent does not exist."}"#);
@@ -142,13 +143,14 @@ async fn message_meets_each_failure() {
     assert_eq!(received.expect("it records").len(), 0);
 }
 
-/// A permanent rejection makes a dead letter at once, and the conversation makes progress without it.
+/// An event that is permanently rejected becomes a dead letter immediately, and the conversation makes progress without
+/// it.
 #[tokio::test]
 async fn permanent_rejection_is_dead_lettered() {
     side_by_side([400, 409, 410, 413, 422], async |refusal| {
         let upset = status(refusal).body(r#"{"detail":"No."}"#);
         run_test(async |t| {
-            t.differs("OurAPI rejects what it could store");
+            t.differs("OurAPI rejects events that it could store");
             with_a_chat(t).await;
             t.our_api.asked();
             t.our_api
@@ -185,7 +187,7 @@ async fn permanent_rejection_is_dead_lettered() {
     .await;
 }
 
-/// Without its chat every event of a conversation fails, and all of them can be retried.
+/// Without its chat, every event of a conversation fails, and all of them can be retried.
 #[tokio::test]
 async fn retry_after_rejected_chat() {
     run_test(async |t| {
@@ -385,7 +387,7 @@ async fn change_with_unknown_outcome() {
 
 /// An agent is created once, whatever goes wrong.
 #[tokio::test]
-async fn agent_creation_meets_each_failure() {
+async fn agent_creation_after_each_failure() {
     let [list, create, by_name] = [
         "GET /agents?email=ann%40x.test",
         "POST /agents",
@@ -470,7 +472,7 @@ async fn agent_creation_meets_each_failure() {
     .await;
 }
 
-/// A creation that timed out earlier is carried out while the lists are read after a later one failed.
+/// An agent appears between the two lists that are read after a failed creation.
 #[tokio::test]
 async fn agent_created_between_two_lists() {
     run_test(async |t| {
@@ -487,7 +489,7 @@ async fn agent_created_between_two_lists() {
     .await;
 }
 
-/// A 404 is no conflict of agents: it comes from another service.
+/// A 404 does not mean that the agent exists: it comes from another service.
 #[tokio::test]
 async fn stray_404_creates_no_namesake() {
     side_by_side(
@@ -522,7 +524,7 @@ async fn address_is_always_rejected() {
     .await;
 }
 
-/// A longer address that contains the one asked for is another agent's.
+/// A longer address that contains the requested one belongs to another agent.
 #[tokio::test]
 async fn longer_address_and_a_failed_creation() {
     run_test(async |t| {
@@ -553,7 +555,7 @@ async fn altered_message_and_a_failed_change() {
         t.our_api.upset("GET /chats?external_id=42", paused());
         t.bigchat.reports([message(42, 5, "damn it")]);
         until("the chat is read", async || t.our_api.pausing() == 1).await;
-        // It arrives before the credit is used, and is written first.
+        // The end arrives before the credit is used, and is written first.
         t.bigchat.reports([end(42, 9)]);
         until("it waits", async || t.events("waiting") == 2).await;
         t.our_api.resume();
@@ -565,7 +567,7 @@ async fn altered_message_and_a_failed_change() {
     .await;
 }
 
-/// A failed creation under the longer name is no proof that the address is taken.
+/// A failed creation under the longer name does not prove that the address is taken.
 #[tokio::test]
 async fn namesake_and_a_failed_creation() {
     run_test(async |t| {
@@ -579,7 +581,7 @@ async fn namesake_and_a_failed_creation() {
     .await;
 }
 
-/// Of two equal messages each is sent once.
+/// Each of two equal messages is sent once.
 #[tokio::test]
 async fn equal_messages_with_unknown_outcome() {
     side_by_side(
@@ -625,7 +627,7 @@ async fn no_connection_needs_no_read() {
         t.set("--our-api-url", &format!("http://{address}"))
             .set("--poll-overlap", "1s");
         t.start();
-        // Chats with events from before the start are read back in any case: let the windows begin after it.
+        // Chats with events from before the start are read back in any case, so the windows must begin after the start.
         t.bigchat.further_polls(1).await;
         let here = Timestamp::of_this_machine().unix();
         t.bigchat.clock_runs(unix(NOW) - here);
@@ -752,7 +754,7 @@ async fn outage_spends_no_attempts() {
     .await;
 }
 
-/// `retry-after`, one second ahead of the `date` it comes with.
+/// Adds a `retry-after` that is one second after the `date` of the same response.
 fn in_a_second(upset: Fault) -> Fault {
     let now = SystemTime::now();
     let date = |at| httpdate::fmt_http_date(at);
@@ -807,7 +809,7 @@ async fn retry_after_in_each_form() {
     .await;
 }
 
-/// A rate limit outlasts a restart, and is an hour at the most.
+/// A rate limit outlasts a restart, and lasts an hour at most.
 #[tokio::test]
 async fn retry_after_across_a_restart() {
     run_test(async |t| {
@@ -844,7 +846,7 @@ async fn retry_after_across_a_restart() {
 
 /// Details and advisors that BigChat does not return are requested again.
 #[tokio::test]
-async fn details_meet_each_failure() {
+async fn details_after_each_failure() {
     let html = || status(200).body("<html>");
     let reason = "BigChat gave no usable answer";
     let denied =
@@ -909,7 +911,7 @@ async fn bigchat_outage_spends_no_attempts() {
                 t.start();
                 t.delivers([start(43, 1), transfer(43, 2, 8)]).await;
                 t.bigchat.upset("GET /conversations/42", upset);
-                // These need no request to BigChat, and are delivered between the attempts of the first.
+                // These need no request to BigChat, and are delivered between the attempts at the first.
                 let others = (100..140).flat_map(|id| [start(id, 3), transfer(id, 4, 8)]);
                 t.bigchat
                     .reports(std::iter::once(start(42, 0)).chain(others));
@@ -1063,7 +1065,7 @@ fn deliveries_were_two_hours_ago(t: &Test) {
     t.bigchat.clock(3 * 3600);
 }
 
-/// Waits until the retention has dropped an event of another conversation.
+/// Waits until the old event of another conversation is dropped.
 async fn until_others_are_dropped(t: &Test) {
     until("an event of another conversation is dropped", async || {
         t.count_events("data LIKE '%of another%'") == 0
@@ -1094,8 +1096,8 @@ async fn twin_waits_beyond_the_retention() {
     .await;
 }
 
-/// A delivered message does not stand for one of the same second that was not sent, even if the outage outlasts the
-/// retention.
+/// A delivered message does not account for an unsent one of the same second, even if the outage outlasts the retention
+/// period.
 #[tokio::test]
 async fn unsent_message_beyond_the_retention() {
     run_test(async |t| {
@@ -1120,7 +1122,7 @@ async fn unsent_message_beyond_the_retention() {
     .await;
 }
 
-/// The same with a dead letter that is retried after the retention, also if it was discarded meanwhile.
+/// The same with a dead letter that is retried after the retention period, even if it was discarded meanwhile.
 #[tokio::test]
 async fn dead_letter_beyond_the_retention() {
     side_by_side([false, true], async |discarded| {
@@ -1166,7 +1168,8 @@ async fn dead_letter_beyond_the_retention() {
     .await;
 }
 
-/// An attempt failed while this machine's clock was ahead, and nothing else was checked until the clock was right again.
+/// An attempt that was scheduled while this machine's clock was 40 days ahead is made soon after the clock is
+/// corrected.
 #[tokio::test]
 async fn attempt_scheduled_by_a_wrong_clock() {
     side_by_side([false, true], async |restarts| {
@@ -1195,7 +1198,7 @@ async fn attempt_scheduled_by_a_wrong_clock() {
     .await;
 }
 
-/// A read that finds everything delivered shows that OurAPI is up.
+/// A read that finds every message in the chat shows that OurAPI is up.
 #[tokio::test]
 async fn read_back_ends_an_outage() {
     run_test(async |t| {

@@ -48,7 +48,7 @@ fn simulator_has_the_same_kinds() {
     assert_eq!(BTreeSet::from(simulated), BTreeSet::from(kinds));
 }
 
-/// Each event requests what it needs, and costs one request once everything is known.
+/// Each event causes the requests that it needs, and only one once everything is known.
 #[tokio::test]
 async fn requests_of_each_event() {
     run_test(async |t| {
@@ -302,7 +302,7 @@ async fn chat_without_agent_until_transfer() {
     .await;
 }
 
-/// The chat has no agent then.
+/// A chat that is transferred to an advisor unknown to BigChat has no agent.
 #[tokio::test]
 async fn transfer_to_unknown_advisor() {
     run_test(async |t| {
@@ -416,7 +416,7 @@ async fn first_event_of_any_kind() {
     .await;
 }
 
-/// A start that BigChat does not report is the earliest time known, and corrected once an earlier one is.
+/// If BigChat does not know the start, the chat starts with the earliest event, until a START is reported.
 #[tokio::test]
 async fn start_known_from_later_events() {
     run_test(async |t| {
@@ -455,7 +455,7 @@ async fn start_known_from_later_events() {
             assert_eq!(t.delivers([event.clone()]).await, expected, "{event}");
         }
         daemon.stop().await;
-        // A single 404 may be a mistake; after three it is never requested again.
+        // A single 404 may be a mistake. After three, the conversation is not requested again.
         assert_eq!(t.bigchat.count("GET /conversations/42"), 3);
     })
     .await;
@@ -546,7 +546,7 @@ async fn adopted_chat_is_read_once() {
     .await;
 }
 
-/// After a restart a chat is read once, and only for events that may be from before.
+/// After a restart, a chat is read once, and only for events that may be from before the restart.
 #[tokio::test]
 async fn reads_after_a_restart() {
     run_test(async |t| {
@@ -573,7 +573,7 @@ async fn reads_after_a_restart() {
         ] {
             assert_eq!(t.delivers([event.clone()]).await, expected, "{event}");
         }
-        // The windows now begin after the daemon did.
+        // The windows now begin after the daemon's start.
         let here = Timestamp::of_this_machine().unix();
         t.bigchat.clock_runs(unix(NOW) - here);
         t.until_cursor_passes(NOW).await;
@@ -686,7 +686,7 @@ async fn messages_credited_to_the_agent() {
     .await;
 }
 
-/// Names and addresses reach OurAPI as they are, and an advisor of the same address is the same agent.
+/// Names and addresses reach OurAPI unchanged, and advisors with the same address are the same agent.
 #[tokio::test]
 async fn names_and_addresses_unchanged() {
     side_by_side(
@@ -790,7 +790,7 @@ async fn tokens_sent_but_never_shown() {
     .await;
 }
 
-/// The response to a creation is not believed if it shows another chat.
+/// The response to a creation is not believed if it contains another chat.
 #[tokio::test]
 async fn created_chat_of_another_conversation() {
     run_test(async |t| {

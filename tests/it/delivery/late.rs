@@ -35,7 +35,7 @@ async fn timed_out_request_is_in_flight() {
     .await;
 }
 
-/// After a crash no request is sent to OurAPI for as long as one may take.
+/// After a crash, no request is sent to OurAPI for as long as an earlier one may take.
 #[tokio::test]
 async fn crash_with_an_overdue_request() {
     run_live_test(async |t| {
@@ -54,7 +54,7 @@ async fn crash_with_an_overdue_request() {
         })
         .await;
         daemon.crash(t).await;
-        assert_eq!(t.our_api.message_count(), 1, "it is not there yet");
+        assert_eq!(t.our_api.message_count(), 1, "it is not carried out yet");
         let daemon = t.start();
         until("it is carried out", async || faults.pausing() == 0).await;
         t.until_events("delivered", 2).await;
@@ -118,7 +118,7 @@ async fn stop_with_an_overdue_request() {
     .await;
 }
 
-/// A request in flight at a crash still counts as in flight if the next session stops at once.
+/// A request in flight at a crash still counts as in flight if the next session stops immediately.
 #[tokio::test]
 async fn crash_and_a_short_session() {
     run_live_test(async |t| {

@@ -25,10 +25,10 @@ async fn chat_lost_among_its_messages() {
     .await;
 }
 
-/// Messages that are gone while their chat exists are sent again.
+/// Messages that OurAPI has lost without their chat are sent again.
 #[tokio::test]
 async fn messages_lost_without_their_chat() {
-    // As after OurAPI was restored from an older copy.
+    // This happens if OurAPI is restored from an older copy.
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
@@ -111,7 +111,7 @@ async fn chat_delivered_by_another_journal() {
     .await;
 }
 
-/// Each lost chat would otherwise make all others stale again.
+/// Many chats lost together count as one loss. Otherwise each of them would make all others stale again.
 #[tokio::test]
 async fn loss_of_many_chats_is_one_loss() {
     run_live_test(async |t| {
@@ -166,7 +166,7 @@ async fn false_loss_duplicates_nothing() {
     run_live_test(async |t| {
         t.set("--poll-overlap", "0s");
         let daemon = t.start();
-        // Chats with events from before the start are read back in any case: let the windows begin after it.
+        // Chats with events from before the start are read back in any case, so the windows must begin after the start.
         let started = t.now();
         t.until_cursor_passes(started).await;
         let now = t.now();
@@ -186,7 +186,7 @@ async fn false_loss_duplicates_nothing() {
     .await;
 }
 
-/// With `--rebuild false`, only what new events need is created.
+/// With `--rebuild off`, only what new events need is created.
 #[tokio::test]
 async fn loss_without_rebuild() {
     run_live_test(async |t| {
@@ -210,7 +210,7 @@ async fn loss_without_rebuild() {
     .await;
 }
 
-/// With `--rebuild report`, a loss is in the log once, and a complete chat is not.
+/// With `--rebuild report`, a loss is logged once, and nothing is logged for a complete chat.
 #[tokio::test]
 async fn losses_are_reported_without_rebuild() {
     run_live_test(async |t| {
@@ -246,7 +246,7 @@ async fn losses_are_reported_without_rebuild() {
     .await;
 }
 
-/// What another client has changed is in the log once, however often the chat is read back.
+/// A change by another client is logged once, however often the chat is read back.
 #[tokio::test]
 async fn drift_is_reported_once() {
     run_live_test(async |t| {
@@ -324,7 +324,7 @@ async fn chats_that_cannot_be_rebuilt() {
         t.delivers([transfer(44, 13, 8), message(44, 14, "news")])
             .await;
         t.our_api.loses_everything();
-        // Ann cannot be created any more, Bob can.
+        // Ann can no longer be created, but Bob can.
         let ann = r#"POST /agents {"email":"ann@x.test""#;
         t.our_api.upset(ann, status(500).always());
         t.bigchat.reports([message(44, 20, "more news")]);

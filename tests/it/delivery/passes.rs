@@ -1,4 +1,4 @@
-//! The pass in idle time: losses that no event touches are found, and restored or reported.
+//! Verification passes in idle time: losses that no event touches are found, and restored or reported.
 
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use bigchat_sync::http::Api;
 use crate::harness::process::Process;
 use crate::harness::{Bench, Test, run_test, side_by_side, until};
 
-/// Some conversations that were delivered.
+/// Delivers some conversations.
 async fn delivered(t: &Test, conversations: std::ops::Range<i64>) {
     let events = conversations.clone().flat_map(|id| {
         t.bigchat.open(id, id, 7);
@@ -27,7 +27,7 @@ async fn delivered(t: &Test, conversations: std::ops::Range<i64>) {
     t.our_api.asked();
 }
 
-/// The next daemon begins a pass at once, and no other within a day.
+/// Makes a pass due: the next daemon begins it immediately, and begins no other within a day.
 fn pass_is_due(t: &Bench) {
     t.execute(
         "DELETE FROM verifications;
@@ -35,7 +35,7 @@ fn pass_is_due(t: &Bench) {
     );
 }
 
-/// A pass restores what is lost.
+/// Checks that a pass restores what is lost.
 async fn is_restored(t: &Test) {
     assert!(!t.compare().is_clean());
     pass_is_due(t);
@@ -48,7 +48,7 @@ async fn until_verified(t: &Bench) {
     until("the pass has ended", async || has_ended(t)).await;
 }
 
-/// A daemon makes that pass, and stops.
+/// Runs a daemon for one pass.
 async fn make_a_pass(t: &Test) {
     pass_is_due(t);
     let daemon = t.start();
@@ -61,7 +61,7 @@ fn has_ended(t: &Bench) -> bool {
     t.value("SELECT EXISTS (SELECT 1 FROM verifications WHERE requested_at > 0 AND ended_at IS NOT NULL)")
 }
 
-/// Another client changes a chat.
+/// Changes a chat, as another client would.
 async fn another_client_changes(t: &Test, external_id: &str, change: &Value) {
     t.our_api.is_changed(external_id, change).await;
     t.our_api.asked();
@@ -138,7 +138,7 @@ async fn drift_reported_once_a_pass() {
         another_client_changes(t, "11", &json!({"agent_id": null})).await;
         for pass in 1..=2 {
             pass_is_due(t);
-            // The first chat is read again and again.
+            // The first two reads of messages fail.
             let unreadable = status(500).times(2);
             t.our_api.upset("GET /chats/{id}/messages", unreadable);
             let daemon = Process::start(t);
@@ -156,7 +156,7 @@ async fn drift_reported_once_a_pass() {
             assert_eq!(shown["differing"], expected, "{shown:#}");
             assert_eq!((&shown["drifted"], &shown["incomplete"]), (&json!(2), &json!(0)));
         }
-        // It is changed back.
+        // Both chats are changed back.
         another_client_changes(t, "10", &json!({"started_at": "2026-11-22T22:00:10Z"})).await;
         another_client_changes(t, "11", &json!({"agent_id": agent})).await;
         make_a_pass(t).await;
@@ -200,7 +200,7 @@ async fn erased_chat_with_rebuild_report() {
         let shown = t.status().0;
         let expected = json!([missing("10", "2 messages"), missing("11", "1 message")]);
         assert_eq!(shown["differing"], expected, "{shown:#}");
-        // With another setting it is restored.
+        // With `--rebuild auto`, everything is restored.
         t.set("--rebuild", "auto");
         pass_is_due(t);
         t.start();
@@ -433,7 +433,7 @@ async fn removed_agent_and_a_loss_elsewhere() {
     .await;
 }
 
-/// An agent that OurAPI no longer has is nobody's choice, also if another client had set it.
+/// An agent that OurAPI has lost is replaced, even if another client had set it.
 #[tokio::test]
 async fn gone_agent_of_another_client() {
     run_test(async |t| {
@@ -452,10 +452,10 @@ async fn gone_agent_of_another_client() {
     .await;
 }
 
-/// OurAPI may remove a lost agent from its chats. That is no choice of another client either, also if the chat is read
-/// for another reason before the loss is noticed.
+/// If OurAPI also removes a lost agent from its chats, the agent is set again, even if the chat is read for another
+/// reason before the loss is noticed.
 #[tokio::test]
-async fn agent_lost_with_its_place_in_the_chat() {
+async fn agent_lost_and_removed_from_chat() {
     run_test(async |t| {
         t.set("--verify-every", "off");
         t.bigchat.reports([start(42, 0)]);
@@ -481,9 +481,9 @@ async fn agent_lost_with_its_place_in_the_chat() {
     .await;
 }
 
-/// If BigChat no longer knows the advisor, the chat has no agent then.
+/// If OurAPI loses the agent and BigChat no longer knows the advisor, the chat has no agent.
 #[tokio::test]
-async fn gone_agent_in_place_of_a_gone_advisor() {
+async fn gone_agent_and_gone_advisor() {
     run_test(async |t| {
         t.our_api.has_agent("b9", "Bob", "bob@x.test");
         t.bigchat.forgets_advisor(7);
@@ -507,7 +507,7 @@ async fn gone_agent_in_place_of_a_gone_advisor() {
     .await;
 }
 
-/// Another service that answers 404 is no proof that an agent is gone.
+/// A 404 of another service does not prove that an agent is gone.
 #[tokio::test]
 async fn agent_of_another_client_and_a_404() {
     run_test(async |t| {
@@ -524,9 +524,10 @@ async fn agent_of_another_client_and_a_404() {
     .await;
 }
 
-/// After a loss, the journal does not know the agents that no event has needed since.
+/// Lost agents are restored even if the journal does not know them, because no event has needed them since an earlier
+/// loss.
 #[tokio::test]
-async fn gone_agent_that_the_journal_forgot() {
+async fn gone_agent_missing_from_journal() {
     run_test(async |t| {
         delivered(t, 42..44).await;
         t.execute("DELETE FROM agents");

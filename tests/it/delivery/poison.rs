@@ -50,9 +50,9 @@ async fn change_fails_behind_older_message() {
     .await;
 }
 
-/// Changes are written together until that fails; then those before the failing one get through.
+/// Changes are written together. If that fails, those before the failing one still get through.
 #[tokio::test]
-async fn failing_transfer_delays_no_end_before_it() {
+async fn failing_transfer_delays_no_end() {
     run_live_test(async |t| {
         t.differs("OurAPI fails all changes of an agent");
         t.set("--retry-max", "40ms");
@@ -99,9 +99,9 @@ async fn event_waiting_for_bigchat_backs_off() {
     .await;
 }
 
-/// Events that always fail, in many conversations, are not tried before events that never failed.
+/// Events that always fail, in many conversations, are not tried before events that have never failed.
 #[tokio::test]
-async fn never_failed_is_probed_first() {
+async fn event_without_failure_probed_first() {
     run_test(async |t| {
         t.differs("OurAPI fails to the end");
         t.set("--retry-initial", "300ms")
@@ -126,7 +126,7 @@ async fn never_failed_is_probed_first() {
         until("it gets through", async || t.our_api.messages() == ["well"]).await;
         let tried = t.our_api.count(refused) - before;
         daemon.stop().await;
-        assert!(tried <= 3, "{tried} probes went to what has always failed");
+        assert!(tried <= 3, "{tried} probes went to events that always fail");
     })
     .await;
 }

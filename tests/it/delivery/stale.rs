@@ -1,4 +1,4 @@
-//! Stale chats: read back in exactly the right cases.
+//! Stale chats are read back in exactly the right cases.
 
 use bigchat_sync::simulator::event::{end, message, start, transfer};
 use bigchat_sync::simulator::fault::{crashed, dropped, paused, status};
@@ -19,7 +19,7 @@ async fn settled(t: &Test, bench: &Bench) -> Daemon {
     daemon
 }
 
-/// Another client changes a chat's agent.
+/// Changes a chat's agent, as another client would.
 async fn gives(t: &Test, external_id: &str, email: &str) {
     let agents = t.our_api.data().agents;
     let agent = agents.iter().find(|agent| agent.email == email);
@@ -27,7 +27,7 @@ async fn gives(t: &Test, external_id: &str, email: &str) {
     t.our_api.is_changed(external_id, &change).await;
 }
 
-/// Two delivered chats. The first one has advisor 7 since a TRANSFER.
+/// Delivers two chats. A TRANSFER has given the first one advisor 7.
 async fn two_chats(t: &Test) -> Daemon {
     let now = t.now();
     t.bigchat.open(10, now - 100, 1);
@@ -42,7 +42,8 @@ async fn two_chats(t: &Test) -> Daemon {
     daemon
 }
 
-/// Waits until so many events are dead letters. Attempts count only while another conversation, 11, is delivered.
+/// Waits until this many events are dead letters. Attempts count only while another conversation, 11, is being
+/// delivered.
 async fn give_up(t: &Test, dead_letters: i64) {
     let now = t.now();
     let mut others = 0;
@@ -85,7 +86,7 @@ async fn loses(t: &Test, bench: &Bench, external_id: i64, text: &str) {
     .await;
 }
 
-/// A chat that was not lost, and cannot be read at once, gets no message a second time.
+/// A chat that was not lost and cannot be read immediately gets no message twice.
 #[tokio::test]
 async fn unreadable_chat_was_not_lost() {
     run_live_test(async |t| {
@@ -138,7 +139,7 @@ async fn chat_that_was_not_lost_stays_unread() {
     .await;
 }
 
-/// The same for a message of unknown outcome, which no longer counts as delivered before.
+/// The same with a third message whose outcome is unknown. It becomes a dead letter, too.
 #[tokio::test]
 async fn unknown_outcome_survives_a_false_loss() {
     run_live_test(async |t| {
@@ -164,7 +165,7 @@ async fn unknown_outcome_survives_a_false_loss() {
     .await;
 }
 
-/// A message that OurAPI has altered stands for the delivered one after a false loss, too.
+/// A message that OurAPI has altered counts as the delivered one, even after a false loss.
 #[tokio::test]
 async fn altered_message_and_a_false_loss() {
     run_live_test(async |t| {
@@ -194,7 +195,7 @@ async fn altered_message_and_a_false_loss() {
     .await;
 }
 
-/// The agent of an adopted chat stays when other data are lost.
+/// The agent of an adopted chat stays if other data is lost.
 #[tokio::test]
 async fn adopted_agent_survives_other_loss() {
     run_live_test(async |t| {
@@ -240,7 +241,7 @@ async fn foreign_agent_survives_losses() {
     .await;
 }
 
-/// A drift that was reported once still counts as one.
+/// Drift that was reported once still counts as drift.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn reported_drift_is_still_drift() {
     run_live_test(async |t| {
@@ -263,7 +264,7 @@ async fn reported_drift_is_still_drift() {
     .await;
 }
 
-/// A verification of a stale chat keeps the drift that is known.
+/// A verification of a stale chat does not forget its known drift.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn known_drift_of_a_stale_chat() {
     run_live_test(async |t| {
@@ -286,7 +287,7 @@ async fn known_drift_of_a_stale_chat() {
     .await;
 }
 
-/// The agent of an adopted chat is no difference.
+/// The agent of an adopted chat does not count as drift.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn adopted_agent_is_no_drift() {
     run_live_test(async |t| {
@@ -344,11 +345,11 @@ async fn discarded_message_accounts_for_itself() {
     .await;
 }
 
-/// Without rebuilding, a chat that can never be created is not read back for ever.
+/// Without rebuilding, a chat that can never be created is not read back forever.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rejected_chat_without_rebuild() {
     run_test(async |t| {
-        t.differs("a chat is refused");
+        t.differs("OurAPI rejects a chat");
         t.our_api.upset(
             r#"POST /chats {"agent_id":null,"external_id":"99"*"#,
             status(422).always(),
@@ -357,11 +358,11 @@ async fn rejected_chat_without_rebuild() {
             .upset(r#"POST /chats {"external_id":"99"*"#, status(422).always());
         let daemon = t.start();
         t.delivers([start(42, 0), message(42, 1, "hello")]).await;
-        // BigChat does not know it.
+        // BigChat does not know conversation 99.
         t.bigchat.reports([message(99, 5, "who?")]);
         t.until_events("failed", 1).await;
         daemon.stop().await;
-        // A loss was found while chats were rebuilt, and not all of them had been read back by the end of the session.
+        // As if a loss had been found shortly before the end of the session, so that not all chats were read back.
         t.execute("UPDATE control SET losses = 1");
         t.set("--rebuild", "off");
         let daemon = t.start();
@@ -377,16 +378,16 @@ async fn rejected_chat_without_rebuild() {
     .await;
 }
 
-/// A chat that OurAPI refuses is not tried again and again after a loss.
+/// A chat that OurAPI rejects is not tried again and again after a loss.
 #[tokio::test]
 async fn rejected_chat_after_a_loss() {
     run_test(async |t| {
-        t.differs("a chat is refused");
+        t.differs("OurAPI rejects a chat");
         t.our_api
             .upset(r#"POST /chats {"external_id":"99"*"#, status(422).always());
         t.start();
         t.delivers([start(42, 0), message(42, 1, "hello")]).await;
-        // BigChat does not know it.
+        // BigChat does not know conversation 99.
         t.bigchat.reports([message(99, 5, "who?")]);
         t.until_events("failed", 1).await;
         t.our_api.loses_chat("42");
@@ -456,7 +457,7 @@ async fn read_back_behind_many_changes() {
         t.set("--retry-initial", "5s").set("--retry-max", "5s");
         t.start();
         t.delivers([start(42, 0)]).await;
-        // More than are claimed at once.
+        // More than are claimed together.
         t.our_api.upset("PATCH *", status(422).always());
         t.bigchat.reports((1..=201).map(|at| end(42, at)));
         t.until_events("failed", 201).await;

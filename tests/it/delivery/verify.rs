@@ -12,7 +12,7 @@ use std::time::Duration;
 use bigchat_sync::journal::Store;
 use serde_json::{Value, json};
 
-/// Three delivered conversations; rebuilding is off.
+/// Delivers three conversations, with rebuilding off.
 async fn delivered(t: &Test) {
     t.set("--rebuild", "off");
     let now = t.now();
@@ -209,7 +209,7 @@ async fn two_verifications_at_once() {
     run_live_test(async |t| {
         delivered(t).await;
         t.our_api.loses_message("10");
-        // The resend takes a while.
+        // Sending the message again takes a while.
         let faults = &t.our_api;
         let slow = slow(Duration::from_secs(3));
         faults.upset(ADD_MESSAGE, slow);
@@ -293,7 +293,7 @@ async fn interrupted_verification_in_json() {
     .await;
 }
 
-/// Repairing many lost chats counts as one loss, not as one for each group of chats, which would read all of them again.
+/// Repairing many lost chats counts as one loss. A loss for each group of chats would read all of them again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn repair_of_many_lost_chats() {
     run_live_test(async |t| {
