@@ -24,7 +24,7 @@ async fn events_reported_once_across_restarts() {
     .await;
 }
 
-/// With out-of-order events and small pages.
+/// The log has out-of-order events and small pages.
 #[tokio::test]
 async fn stable_log_across_restarts() {
     run_with(busy_log(3, 60.0, 7), async |t| {
@@ -75,7 +75,7 @@ async fn backfill_of_a_stable_log() {
         t.bigchat.calms_down();
         assert!(t.bigchat.reported().len() > 100);
         until("no difference", async || {
-            // Events of the second in which the window ended are reported in the next one.
+            // Events of the second in which a window ended are reported in the next window.
             t.once().await;
             t.compare().is_clean()
         })
@@ -93,7 +93,7 @@ async fn crashes_at_any_moment() {
             let asked = t.our_api.total();
             let daemon = t.start();
             t.bigchat.reports_more(10 + usize::from(crash)).await;
-            // What is reported must be delivered in the end.
+            // Everything reported must be delivered in the end.
             t.bigchat.calms_down();
             until("requests", async || {
                 t.our_api.total() > asked + u64::from(crash)

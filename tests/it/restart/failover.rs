@@ -28,7 +28,7 @@ fn copy(t: &Bench) -> PathBuf {
     copy
 }
 
-/// Replaces the database by a copy.
+/// Replaces the database with a copy.
 fn restore(t: &Bench, copy: &PathBuf) {
     lose(t);
     std::fs::copy(copy, t.db()).expect("a copy");
@@ -42,7 +42,8 @@ fn lose(t: &Bench) {
     }
 }
 
-/// The requests that changed OurAPI, or would have. (Creating a chat that exists is rejected, and harmless.)
+/// The numbers of requests that change OurAPI. Creations of chats are left out, because a chat that exists is not
+/// created again.
 fn writes(t: &Test) -> [usize; 3] {
     let routes = [
         "POST /agents",
@@ -61,7 +62,7 @@ fn held(t: &Test) -> impl PartialEq + std::fmt::Debug {
 
 /// Runs a daemon until everything up to the present is delivered.
 async fn catch_up(t: &Test) {
-    // Later than any cursor by now.
+    // Later than any cursor so far.
     let now = unix(t.now() + 1);
     let daemon = t.start();
     // No view shows the pages that are stored and not ingested yet.
@@ -134,7 +135,8 @@ async fn older_copy_and_a_date_behind() {
         t.set("--bigchat-url", &url).set("--max-window", "10s");
         catch_up(t).await;
         assert!(held(t) == before, "{}", t.compare());
-        // By the first date everything is read, so an earlier TRANSFER may be written before the latest one.
+        // According to the first date, everything has been read, so an earlier TRANSFER may be written before the
+        // latest one.
         let [agents, _, messages] = writes(t);
         assert_eq!([agents, messages], [sent[0], sent[2]]);
     })
@@ -247,7 +249,7 @@ async fn copy_from_before_a_restart() {
     run_with(stores_its_events(27), async |t| {
         let daemon = t.start();
         t.bigchat.reports_more(80).await;
-        // No event waits in the copy, because a BigChat that restarts forgets everything.
+        // No event is waiting in the copy, because a BigChat that restarts forgets everything.
         t.bigchat.calms_down();
         t.agrees().await;
         t.until_events("waiting", 0).await;

@@ -1,4 +1,4 @@
-//! BigChat restarts and reuses its ids; OurAPI loses its data, is down, and recovers.
+//! BigChat restarts and reuses its ids. OurAPI loses its data, is down, and recovers.
 
 use crate::harness::process::Process;
 use crate::harness::services::{BigChat, seeded};
@@ -178,7 +178,7 @@ async fn page_before_a_restart() {
         t.until_polled().await;
         t.bigchat.restart();
         until("the restart is noticed", async || t.restarts() == 1).await;
-        // Each epoch has this conversation, and the times are those of the restart: nothing on the page shows its
+        // Each epoch has this conversation, and the times are those of the restart, so nothing on the page shows its
         // epoch.
         restart_among_shifted_pages(t, 1).await;
         t.until_events("delivered", 3).await;
@@ -218,7 +218,7 @@ async fn losses_of_all_kinds() {
     .await;
 }
 
-/// An OurAPI that answers 404 to everything is down; nothing counts as lost.
+/// An OurAPI that answers 404 to everything is down, and nothing counts as lost.
 #[tokio::test]
 async fn our_api_answers_404_to_everything() {
     run_with(seeded(14), async |t| {
@@ -296,7 +296,10 @@ async fn memory_and_requests_of_outage() {
         let probes = t.our_api.total();
         until("more probes", async || t.our_api.total() > probes + 3).await;
         let grown = daemon.mebibytes("VmRSS").saturating_sub(before);
-        assert!(grown < 8, "8 MB wait, and it has grown by {grown} MiB");
+        assert!(
+            grown < 8,
+            "8 MB are waiting, and memory has grown by {grown} MiB"
+        );
         assert_eq!(t.our_api.max_at_once(), 0, "none was carried out");
         assert_eq!(t.counted_attempts(), 0);
         // The waiting events are not all sent at once after the outage.
@@ -335,7 +338,7 @@ async fn faults_of_all_kinds() {
     .await;
 }
 
-/// A BigChat that answers 404 to everything is down; no conversation counts as gone.
+/// A BigChat that answers 404 to everything is down, and no conversation counts as gone.
 #[tokio::test]
 async fn bigchat_answers_404_to_everything() {
     run_live_test(async |t| {
@@ -480,7 +483,7 @@ async fn late_page_of_the_previous_epoch() {
     .await;
 }
 
-/// A START on such a page is not taken for another restart.
+/// A START on a page that arrives so late is not mistaken for another restart.
 #[tokio::test]
 async fn late_start_of_the_previous_epoch() {
     run_test(async |t| {

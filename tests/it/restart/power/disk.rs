@@ -25,7 +25,7 @@ pub(super) enum Change {
     SyncNames,
 }
 
-/// Which of the unsynced changes have reached the disk when the power fails.
+/// The unsynced changes that have reached the disk when the power fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Survival {
     Nothing,
@@ -129,7 +129,7 @@ impl Content {
     /// survives independently of the content.
     fn after_a_power_cut(&self, survival: Survival, random: &mut StdRng) -> Vec<u8> {
         let (mut memory, mut disk) = (self.safe.clone(), self.safe.clone());
-        // After each change, and before the first.
+        // The sizes before the first change and after each.
         let mut sizes = vec![memory.len()];
         let prefix = random.random_range(0..=self.unsynced.len());
         // Rarely, often or nearly always. If it were always one half, hardly any log would survive beyond its first
