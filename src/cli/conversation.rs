@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::table::{Row, table};
+use super::table::{Row, counted, table};
 use super::{CommandError, json};
 use crate::domain::ids::EventId;
 use crate::domain::progress::Effect;
@@ -195,10 +195,11 @@ fn fate(event: &EventRow) -> String {
         }
         (EventState::Waiting, 0) => "not tried yet".to_owned(),
         (EventState::Waiting, attempts) => {
+            let attempts = counted(attempts, "failed attempt");
             let next = event
                 .next_at
                 .map_or_else(String::new, |at| format!("; next at {at}"));
-            format!("{attempts} failed attempts, the last one: {reason}{next}")
+            format!("{attempts}, the last one: {reason}{next}")
         }
         (EventState::Failed, _) => format!("at {at}: {reason}"),
         (EventState::Discarded, _) => format!("at {at}"),

@@ -1,4 +1,4 @@
-//! Tables for people.
+//! Tables and counts for people.
 
 use std::io;
 
@@ -12,6 +12,12 @@ const COLUMNS: usize = 80;
 
 /// The indentation of a text below its row.
 const INDENT: &str = "    ";
+
+/// A count with its noun.
+pub(super) fn counted(count: impl Into<u64>, what: &str) -> String {
+    let count = count.into();
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}
 
 /// A row and the text below it. The text is cut to one line.
 pub(super) struct Row<const N: usize> {

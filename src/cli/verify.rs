@@ -10,7 +10,7 @@ use serde_json::json;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
-use super::table::{Row, table};
+use super::table::{Row, counted, table};
 use super::{CommandError, json};
 use crate::daemon::{self, DaemonError};
 use crate::domain::ids::VerificationId;
@@ -213,8 +213,8 @@ fn sentence(progress: &VerificationProgress) -> String {
     format!(
         "{} of {} verified, {} to send again",
         progress.verified,
-        count(progress.chats(), "chat"),
-        count(progress.waiting, "event")
+        counted(progress.chats(), "chat"),
+        counted(progress.waiting, "event")
     )
 }
 
@@ -238,11 +238,6 @@ async fn say(terminal: &Terminal, text: &str) -> Result<(), CommandError> {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(CommandError::Output(error)),
         _ => Ok(()),
     }
-}
-
-/// A count with its noun.
-fn count(count: u64, what: &str) -> String {
-    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 
 fn as_json(
@@ -283,7 +278,7 @@ fn as_table(progress: &VerificationProgress, differences: &[Difference], repair:
     if differences.is_empty() {
         return format!(
             "{} verified: OurAPI has everything that was delivered",
-            count(chats, "chat")
+            counted(chats, "chat")
         );
     }
     let rows = differences.iter().map(|difference| Row {
@@ -321,7 +316,7 @@ fn as_table(progress: &VerificationProgress, differences: &[Difference], repair:
     format!(
         "{}\n{fields}{} verified: {missing} missing, {differing} with differences, {} missing; {end}",
         table(header, &rows.collect::<Vec<_>>()),
-        count(chats, "chat"),
-        count(*messages, "message")
+        counted(chats, "chat"),
+        counted(*messages, "message")
     )
 }

@@ -192,7 +192,7 @@ impl Output {
         }
         if lost > 0 {
             let line = log::lost(self.format(), lost);
-            head.extend_from_slice(&self.with_priority(line.as_bytes(), Level::WARN));
+            head.extend_from_slice(&self.with_priority(line.as_bytes(), Level::ERROR));
         }
         head
     }

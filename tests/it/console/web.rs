@@ -1,16 +1,15 @@
 //! The daemon over HTTP: its access control, its health endpoints, and limits that keep clients from starving each
 //! other.
 
-use crate::harness::process::Process;
-use crate::harness::web::{READ_TOKEN, TOKEN, client, console_token, sent, succeeds};
-use crate::harness::{run_live_test, until};
-use bigchat_sync::http::Api;
-use bigchat_sync::simulator::event::message;
-use bigchat_sync::simulator::fault::{dropped, status};
 use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use bigchat_sync::http::Api;
 use bigchat_sync::settings::Tokens;
+use bigchat_sync::simulator::event::message;
+use bigchat_sync::simulator::fault::{dropped, status};
 use reqwest::header::{
     AUTHORIZATION, CONTENT_TYPE, COOKIE, HOST, HeaderMap, ORIGIN, RETRY_AFTER, SET_COOKIE,
 };
@@ -20,6 +19,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
+
+use crate::harness::process::Process;
+use crate::harness::web::{READ_TOKEN, TOKEN, client, console_token, sent, succeeds};
+use crate::harness::{run_live_test, until};
 
 /// The time limit for a response that needs no work.
 const TIME_LIMIT: Duration = Duration::from_secs(30);
@@ -574,9 +577,10 @@ async fn outage_of_the_last_session() {
 async fn pipelining_clients_starve_no_client() {
     run_live_test(async |t| {
         let (_, url) = t.start_listening(Tokens::default());
+        let answered = Arc::new(AtomicUsize::new(0));
         let mut busy = JoinSet::new();
         for _ in 0..64 {
-            let url = url.clone();
+            let (url, answered) = (url.clone(), Arc::clone(&answered));
             busy.spawn(async move {
                 let requests = "GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n".repeat(20);
                 loop {
@@ -585,11 +589,15 @@ async fn pipelining_clients_starve_no_client() {
                     while stream.write_all(requests.as_bytes()).await.is_ok()
                         && stream.read(&mut answers).await.is_ok_and(|read| read > 0)
                     {
+                        answered.fetch_add(1, Ordering::Relaxed);
                     }
                 }
             });
         }
-        tokio::time::sleep(Duration::from_secs(1)).await;
+        until("they are answered", async || {
+            answered.load(Ordering::Relaxed) > 64
+        })
+        .await;
         for _ in 0..10 {
             let probe = client().get(format!("{url}/healthz")).send();
             let answer = timeout(Duration::from_secs(5), probe).await;

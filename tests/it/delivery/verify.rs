@@ -198,7 +198,8 @@ async fn verification_while_an_event_waits() {
          WHERE bigchat_id = 10",
         );
         assert_eq!(t.events("waiting"), 1);
-        Process::start_as(t, t.program("verify")).ended().await;
+        let ended = Process::start_as(t, t.program("verify")).ended().await;
+        assert!(ended.success(), "{}", t.logged());
     })
     .await;
 }

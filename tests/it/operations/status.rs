@@ -427,9 +427,8 @@ async fn wait_begins_with_the_retry() {
             t.our_api.upset(ADD_MESSAGE, status(503));
             t.once().await;
             let figures = store.figures(Millis::now()).expect("the figures");
-            if let Some(oldest) = figures.oldest_waiting {
-                assert!(oldest.since >= before, "{oldest:?}");
-            }
+            let oldest = figures.oldest_waiting.expect("it waits again");
+            assert!(oldest.since >= before, "{oldest:?}");
             t.start();
             t.until_events("delivered", 1).await;
             let figures = store.figures(Millis::now()).expect("the figures");

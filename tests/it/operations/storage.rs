@@ -428,10 +428,12 @@ fn make_beside_a_command(n: u32) {
     };
     let daemon = Store::open(&path).map(drop);
     let beside = beside.join().expect("no panic");
-    let is_acceptable = daemon
-        .as_ref()
-        .map_or_else(OpenError::is_transient, |()| true);
-    assert!(is_acceptable, "{n}: daemon {daemon:?}, beside {beside:?}");
+    for opened in [&daemon, &beside] {
+        let is_acceptable = opened
+            .as_ref()
+            .map_or_else(OpenError::is_transient, |()| true);
+        assert!(is_acceptable, "{n}: daemon {daemon:?}, beside {beside:?}");
+    }
 }
 
 /// Reads by the console do not release the daemon's lock on the database.
