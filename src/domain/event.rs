@@ -3,6 +3,7 @@
 use std::hash::Hasher;
 
 use serde::Deserialize;
+use serde::de::Error as _;
 use serde_json::Value;
 use siphasher::sip::SipHasher13;
 use thiserror::Error;
@@ -267,11 +268,15 @@ fn field<T: serde::de::DeserializeOwned>(
     serde_json::from_str(value).map_err(|source| ParseError::Field { name, source })
 }
 
-/// `data` in canonical form. If part of it is invalid JSON, only the needed field.
+/// `data` in canonical form. If part of it is invalid JSON, only the needed field. If a field is needed, `data` must be
+/// an object: serde would take a list for the values of the fields.
 fn canonical(kind: EventKind, data: &str) -> Result<Option<String>, ParseError> {
     let invalid = |source| ParseError::Data { kind, source };
     // `Value` sorts object keys.
     match serde_json::from_str::<serde_json::Value>(data) {
+        Ok(data) if kind.needed_field().is_some() && !data.is_object() => {
+            Err(invalid(serde_json::Error::custom("expected an object")))
+        }
         Ok(data) => Ok(Some(serde_json::to_string(&data).map_err(invalid)?)),
         Err(source) => {
             let Some(needed) = kind.needed_field() else {
@@ -361,6 +366,14 @@ mod tests {
             (
                 r#"{"conversation_id":1,"event_name":"MESSAGE","event_at":5,"data":{"message":7}}"#,
                 "invalid data of a MESSAGE",
+            ),
+            (
+                r#"{"conversation_id":1,"event_name":"MESSAGE","event_at":5,"data":["Hi"]}"#,
+                "invalid data of a MESSAGE: expected an object",
+            ),
+            (
+                r#"{"conversation_id":1,"event_name":"TRANSFER","event_at":5,"data":[7]}"#,
+                "invalid data of a TRANSFER: expected an object",
             ),
             (
                 r#"{"conversation_id":1,"event_name":"MESSAGE","event_at":5,"data":{"message":"\ud800"}}"#,
