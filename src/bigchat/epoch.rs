@@ -119,10 +119,12 @@ pub async fn begin(
 }
 
 /// The epoch of a page; `None` if BigChat does not answer. Without a restart since the page was requested, it is the
-/// current one. Otherwise a few conversations of the page are requested, the highest id first. The first that BigChat
-/// still knows and whose START is on the page determines it: with the same start time, the page is of the current
-/// epoch, else of an earlier one. Without such a START, a conversation that BigChat no longer knows shows that the page
-/// is of an earlier epoch. Without that, too, the time at which the page was served determines the epoch.
+/// current one. Otherwise a message that an earlier epoch has, and the current one has not, determines it. Without one,
+/// a few conversations of the page are requested, the highest id first. The first that BigChat still knows and whose
+/// START is on the page determines it: with the same start time, the page is of the current epoch, else of an earlier
+/// one. So does a conversation that started after the page was served: the page is of an earlier epoch. Without these, a
+/// conversation that BigChat no longer knows shows the same. Without that, too, the time at which the page was served
+/// determines the epoch.
 pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch>, JournalError> {
     if page.epoch.is_some() {
         return Ok(page.epoch);
@@ -130,6 +132,14 @@ pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch
     let current = source.epoch();
     if current <= page.requested_in {
         return Ok(Some(page.requested_in));
+    }
+    let (messages, requested_in) = (page.messages(), page.requested_in);
+    let repeated = source
+        .journal
+        .with(move |store| store.earlier_epoch(&messages, requested_in, current))
+        .await?;
+    if repeated.is_some() {
+        return Ok(repeated);
     }
     let by_time = epoch_by_time(source, page).await?;
     let earlier = by_time.min(Epoch(current.0 - 1));
@@ -152,6 +162,9 @@ pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch
                     return Ok(Some(earlier));
                 }
                 Some(_) => return Ok(Some(current)),
+                None if started_at.is_some_and(|at| page.was_served_before(at)) => {
+                    return Ok(Some(earlier));
+                }
                 None => {}
             },
         }

@@ -108,6 +108,18 @@ impl StoredPage {
         events
     }
 
+    /// Its messages.
+    pub fn messages(&self) -> Vec<Event> {
+        let mut messages = self.events();
+        messages.retain(|event| event.kind.is_message());
+        messages
+    }
+
+    /// Whether it was certainly served before `at`, by BigChat's clock.
+    pub fn was_served_before(&self, at: Timestamp) -> bool {
+        self.served_at.unix() + DATE_LAG < at.unix()
+    }
+
     /// The keys of all its events.
     pub fn keys(&self) -> Vec<Key> {
         keys(&self.body)
@@ -298,8 +310,31 @@ impl Store {
         {
             return Ok(true);
         }
+        Ok(self.latest_epoch_of(event)?.is_some())
+    }
+
+    /// The earlier epoch of the first of these messages that the journal has in one, but not in the `current` epoch.
+    /// BigChat reports events of the last seconds again. Only for messages: it repeats other events, too, but the epochs
+    /// may have equal ones.
+    pub fn earlier_epoch(
+        &mut self,
+        messages: &[Event],
+        earliest: Epoch,
+        current: Epoch,
+    ) -> Result<Option<Epoch>> {
+        for message in messages {
+            let latest = self.latest_epoch_of(message)?;
+            if latest >= Some(earliest) && latest < Some(current) {
+                return Ok(latest);
+            }
+        }
+        Ok(None)
+    }
+
+    /// The latest epoch in which the journal has such an event.
+    fn latest_epoch_of(&self, event: &Event) -> Result<Option<Epoch>> {
         let mut statement = self.connection.prepare_cached(
-            "SELECT id, forgotten_at IS NOT NULL FROM conversations WHERE bigchat_id = ?1",
+            "SELECT id, forgotten_at IS NOT NULL, epoch FROM conversations WHERE bigchat_id = ?1 ORDER BY epoch DESC",
         )?;
         let mut rows = statement.query([event.conversation])?;
         while let Some(row) = rows.next()? {
@@ -308,14 +343,15 @@ impl Store {
                 is_forgotten: row.get(1)?,
             };
             if count_equal(&self.connection, known, event)? > 0 {
-                return Ok(true);
+                return Ok(Some(row.get(2)?));
             }
         }
-        Ok(false)
+        Ok(None)
     }
 
     /// Ingests the events of a stored page into their conversations in the page's epoch. An event is new if the journal
-    /// has fewer equal ones than the poll has `received`. The conversations of new events become due.
+    /// has fewer equal ones than the poll has `received`. The conversations of new events become due. If the events may
+    /// have been delivered before, the chats are read again first.
     pub fn ingest(
         &mut self,
         page: &StoredPage,

@@ -1,5 +1,7 @@
 //! Ingestion: appends the events of stored pages to the journal, once their epoch is known.
 
+use std::time::Duration;
+
 use tokio::task::yield_now;
 
 use super::pages::Pages;
@@ -10,8 +12,9 @@ use crate::domain::ids::Epoch;
 use crate::domain::time::Millis;
 use crate::journal::{JournalError, StoredPage};
 
-/// After this many polls without a response to the probe, BigChat counts as not restarted.
-const MAX_FAILED_PROBES: u32 = 3;
+/// After this many polls without a response to the probe, BigChat counts as not restarted. Events of a new epoch would
+/// then be mixed with those of the old one, and waiting costs only time, so there are many.
+const MAX_FAILED_PROBES: u32 = 30;
 
 impl Poller {
     /// Ingests the stored pages. Returns whether there was an event that was not known already.
@@ -76,23 +79,20 @@ impl Poller {
         Ok(all.iter().any(|(ingested, _)| ingested.progress))
     }
 
-    /// The epoch of a page. If BigChat does not answer, the page waits for a few polls; after that, its time determines
+    /// The epoch of a page. If BigChat does not answer, the page waits for some polls; after that, its time determines
     /// the epoch.
     async fn epoch_of(&mut self, page: &StoredPage) -> Result<Epoch, PollError> {
         if self.failed_page_probes < MAX_FAILED_PROBES {
             if let Some(epoch) = epoch::epoch_of(&self.source, page).await? {
                 return Ok(epoch);
             }
-            self.failed_page_probes += 1;
-        }
-        if self.failed_page_probes < MAX_FAILED_PROBES {
-            return Err(PollError::Unanswered);
+            unanswered(&mut self.failed_page_probes, self.settings.poll_interval)?;
         }
         Ok(epoch::epoch_by_time(&self.source, page).await?)
     }
 
     /// Checks before an ingestion whether BigChat has restarted: by a probe, else by a START with another time than
-    /// that of the known conversation with the same id. If BigChat does not answer, its pages wait, for a few polls.
+    /// that of the known conversation with the same id. If BigChat does not answer, its pages wait, for some polls.
     async fn detect_restart(&mut self, pages: &mut Pages) -> Result<(), PollError> {
         let probed = self.probe(pages).await?;
         if matches!(probed, ProbeResult::Unknown | ProbeResult::Unanswered) {
@@ -122,12 +122,7 @@ impl Poller {
             self.failed_probes = 0;
             return Ok(());
         }
-        self.failed_probes += 1;
-        if self.failed_probes < MAX_FAILED_PROBES {
-            return Err(PollError::Unanswered);
-        }
-        tracing::warn!("BigChat did not answer whether it has restarted; assuming that it has not");
-        Ok(())
+        unanswered(&mut self.failed_probes, self.settings.poll_interval)
     }
 
     /// Probes BigChat for a restart. If it has not restarted, pages requested in the current epoch were also served in
@@ -143,4 +138,32 @@ impl Poller {
         }
         Ok(probed)
     }
+}
+
+/// Counts another of the polls in which BigChat does not answer whether it has restarted.
+///
+/// # Errors
+///
+/// As long as the stored pages wait for an answer.
+fn unanswered(polls: &mut u32, interval: Duration) -> Result<(), PollError> {
+    *polls = polls.saturating_add(1);
+    match *polls {
+        1 => {
+            let at_most = humantime::format_duration(interval.saturating_mul(MAX_FAILED_PROBES));
+            tracing::warn!(
+                %at_most,
+                "BigChat did not answer whether it has restarted; new events wait until it does"
+            );
+        }
+        MAX_FAILED_PROBES => {
+            tracing::warn!(
+                "BigChat did not answer whether it has restarted; new events wait no longer"
+            );
+        }
+        _ => {}
+    }
+    if *polls < MAX_FAILED_PROBES {
+        return Err(PollError::Unanswered);
+    }
+    Ok(())
 }

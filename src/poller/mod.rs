@@ -130,10 +130,8 @@ enum PollError {
     BigChat(#[from] ApiError),
     #[error(transparent)]
     Journal(#[from] JournalError),
-    /// The pages are not ingested.
-    #[error(
-        "BigChat did not answer whether it has restarted; the stored pages will be ingested when it does, or after a few polls without an answer"
-    )]
+    /// The stored pages are not ingested yet.
+    #[error("BigChat did not answer whether it has restarted")]
     Unanswered,
 }
 
@@ -254,8 +252,8 @@ impl Poller {
                 self.retry_storage().await;
                 metrics::Poll::BigChatFailed
             }
-            Err(error @ PollError::Unanswered) => {
-                tracing::warn!("{error}");
+            // Logged at the first of these polls.
+            Err(PollError::Unanswered) => {
                 self.retry_storage().await;
                 metrics::Poll::BigChatFailed
             }

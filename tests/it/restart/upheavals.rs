@@ -1,7 +1,7 @@
 //! BigChat restarts and reuses its ids. OurAPI loses its data, is down, and recovers.
 
 use crate::harness::process::Process;
-use crate::harness::services::{BigChat, seeded};
+use crate::harness::services::{BigChat, NOW, seeded};
 use crate::harness::{Test, run_live_test, run_test, run_with, side_by_side, until};
 use bigchat_sync::simulator::bigchat::{NextPage, Options, Page, raw};
 use bigchat_sync::simulator::event::{message, start, transfer};
@@ -189,6 +189,63 @@ async fn page_before_a_restart() {
          JOIN conversations c ON c.id = e.conversation",
         );
         assert_eq!(epochs, 4, "all of them of the second epoch");
+    })
+    .await;
+}
+
+/// A page belongs to the epoch before the restart although BigChat restarted within the second that `date` may lag, and
+/// knows the conversation again: the conversation started later, or the page repeats a message of the previous epoch.
+#[tokio::test]
+async fn restart_right_after_a_page() {
+    side_by_side([(5, false), (1, true)], async |(started, repeats)| {
+        run_test(async |t| {
+            t.start();
+            let known = message(42, NOW - 3, "one");
+            t.delivers([start(42, 0), known.clone()]).await;
+            t.bigchat.hold(true);
+            pause_after(&t.bigchat, 1);
+            let new = message(42, NOW - 1, "two");
+            let events = [repeats.then_some(known), Some(new)];
+            let events = events.into_iter().flatten().collect();
+            t.bigchat.reports(Page::Events(events, NextPage::Usual));
+            t.bigchat.hold(false);
+            until("the page is served", async || t.bigchat.pausing() == 1).await;
+            t.bigchat.clock(NOW + 10);
+            t.bigchat.state().restart_at(NOW + 1);
+            t.bigchat.open(42, NOW + started, 8);
+            t.bigchat.resume();
+            t.until_events("delivered", 3).await;
+            assert_eq!(t.restarts(), 1);
+            assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1"], "{started}");
+            assert_eq!(t.our_api.messages(), ["one", "two"], "{started}");
+        })
+        .await;
+    })
+    .await;
+}
+
+/// As long as BigChat may have restarted and does not answer for its conversations, its events wait.
+#[tokio::test]
+async fn no_details_after_a_restart() {
+    run_live_test(async |t| {
+        let daemon = Process::start(t);
+        let now = t.now();
+        t.bigchat.open(2, now - 100, 1);
+        t.bigchat.reports([message(2, now, "of before")]);
+        t.until_events("delivered", 1).await;
+        t.bigchat.hold(true);
+        t.bigchat.restart();
+        t.bigchat.open(2, now, 1);
+        // Of ten polls.
+        t.bigchat
+            .upset("GET /conversations/{id}", status(500).times(60));
+        t.bigchat.reports([message(2, now, "of after")]);
+        t.bigchat.hold(false);
+        t.until_events("delivered", 2).await;
+        t.agrees().await;
+        assert_eq!(daemon.lines_with("new events wait until it does"), 1);
+        assert!(daemon.stop().await.success());
+        assert_eq!(t.our_api.chats().len(), 2);
     })
     .await;
 }
