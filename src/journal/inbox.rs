@@ -97,6 +97,8 @@ pub struct StoredPage {
     pub requested_in: Epoch,
     /// The epoch to which it belongs, once that is certain.
     pub epoch: Option<Epoch>,
+    /// The retention may have dropped events of its window. If it reports them again, they were delivered before.
+    pub may_be_dropped: bool,
 }
 
 impl StoredPage {
@@ -246,6 +248,7 @@ impl Store {
                 ingested: row.get(5)?,
                 requested_in: row.get(6)?,
                 epoch: None,
+                may_be_dropped: false,
             })
         })?;
         Ok(pages.collect::<rusqlite::Result<_>>()?)
@@ -361,6 +364,7 @@ impl Store {
         now: Millis,
     ) -> Result<Ingested> {
         let transaction = self.begin()?;
+        let before = last_event(&transaction)?;
         let mut ingested = Ingested::default();
         let (mut unreadable, mut outcome) = (0, Ok(()));
         let (mut counts, mut newest) = (Counts::default(), None);
@@ -413,6 +417,12 @@ impl Store {
         transaction
             .prepare_cached("UPDATE inbox SET ingested = 1 WHERE id = ?1")?
             .execute([page.id])?;
+        if page.may_be_dropped {
+            transaction.execute(
+                "UPDATE conversations SET read_in_session = 0 WHERE id IN (SELECT conversation FROM events WHERE id > ?1)",
+                [before],
+            )?;
+        }
         counts.store(&transaction, now)?;
         if let Some(newest) = newest {
             transaction

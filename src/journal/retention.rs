@@ -8,7 +8,7 @@ use rusqlite::{Connection, params};
 use super::activity;
 use super::{Result, Store};
 use crate::domain::ids::{ConversationId, EventId};
-use crate::domain::time::Millis;
+use crate::domain::time::{Millis, Timestamp};
 
 /// The next window may report events again that are slightly older than its start: times are in whole seconds, and a
 /// MESSAGE can be dated before its START.
@@ -21,6 +21,8 @@ pub struct Pruned {
     pub dropped: usize,
     /// There may be more to drop. In that case, the call dropped something, so a loop ends.
     pub is_more: bool,
+    /// A window that starts before this time may report a delivered event again that was dropped; `None`: none was.
+    pub before: Option<Timestamp>,
 }
 
 /// A row of `deliveries` that is old enough to be dropped with its events.
@@ -48,6 +50,7 @@ impl Store {
             return Ok(Pruned {
                 dropped: 0,
                 is_more: false,
+                before: None,
             });
         };
         let (delivered_before, happened_before) = (
@@ -78,6 +81,7 @@ impl Store {
             .collect::<rusqlite::Result<_>>()?;
         let at_most = at_most as usize;
         let is_limited = old.len() == at_most;
+        let mut latest = None;
         for Old {
             id,
             conversation,
@@ -88,13 +92,21 @@ impl Store {
             if dropped >= at_most {
                 break;
             }
-            dropped += transaction.prepare_cached(DROP)?.execute(params![
-                conversation,
-                from,
-                through,
-                happened_before,
-                delivered_before
-            ])?;
+            let delivered: Vec<Timestamp> = transaction
+                .prepare_cached(DROP)?
+                .query_map(
+                    params![
+                        conversation,
+                        from,
+                        through,
+                        happened_before,
+                        delivered_before
+                    ],
+                    |row| row.get(0),
+                )?
+                .collect::<rusqlite::Result<_>>()?;
+            dropped += delivered.len();
+            latest = latest.max(delivered.into_iter().max());
             leave_unverified(&transaction, conversation)?;
             transaction
                 .prepare_cached(
@@ -107,6 +119,7 @@ impl Store {
         Ok(Pruned {
             dropped,
             is_more: dropped >= at_most || is_limited,
+            before: latest.map(|latest| latest.plus(MARGIN)),
         })
     }
 }
@@ -155,7 +168,8 @@ const OLD: &str = concat!(
 
 const DROP: &str = concat!(
     "DELETE FROM events AS e WHERE e.conversation = ?1 AND e.id BETWEEN ?2 AND ?3 AND ",
-    is_droppable!("?4", "?5")
+    is_droppable!("?4", "?5"),
+    " RETURNING event_at"
 );
 
 /// The same for discarded events. An event that could not be parsed may have happened as late as it was received.
@@ -172,7 +186,6 @@ mod tests {
     use super::*;
     use crate::domain::dedupe::Counts;
     use crate::domain::ids::Epoch;
-    use crate::domain::time::Timestamp;
     use crate::domain::window::Window;
     use crate::journal::{NewPage, PollProgress};
 

@@ -29,7 +29,9 @@ impl Poller {
         let started_at = now.map(|now| now.minus(self.created_at.elapsed()));
         self.started_at = self.started_at.max(started_at);
         let mut epochs = Vec::new();
-        for page in &pages.new {
+        for page in &mut pages.new {
+            // The window has begun again, because BigChat's clock was set back.
+            page.may_be_dropped = Some(page.window_start) < self.dropped_before;
             epochs.push(self.epoch_of(page).await?);
         }
         self.failed_page_probes = 0;
@@ -48,7 +50,8 @@ impl Poller {
                         Ok(ingested) => ingested,
                         Err(error) => return Ok((all, Err(error))),
                     };
-                    if started_at.is_none_or(|started_at| page.window_start < started_at) {
+                    let before_session = started_at.is_none_or(|at| page.window_start < at);
+                    if before_session || page.may_be_dropped {
                         // Before delivery can claim these events.
                         mark.raise(ingested.last_event);
                     }

@@ -79,7 +79,8 @@ pub struct Signals {
     /// Cancelled at shutdown: no further request is begun.
     pub stopping: CancellationToken,
     /// Raised to the latest event of each window whose start is before the session, because a newer copy of the journal
-    /// may have delivered it.
+    /// may have delivered it; and of each window of which the retention may have dropped events, because they were
+    /// delivered.
     pub replay_until: ReplayUntil,
 }
 
@@ -95,6 +96,8 @@ pub struct Poller {
     created_at: Instant,
     /// The same by BigChat's clock: the maximum of all estimates, because the first dates may have been behind.
     started_at: Option<Timestamp>,
+    /// A window that starts before this time may report delivered events again that were dropped in this session.
+    dropped_before: Option<Timestamp>,
     /// The difference between BigChat's clock and this machine's was logged, if there is one.
     clock_reported: bool,
     /// The longest window: the setting, or less after a first page for which BigChat gave no usable answer.
@@ -151,6 +154,7 @@ impl Poller {
             unstored: None,
             created_at: Instant::now(),
             started_at: None,
+            dropped_before: None,
             clock_reported: false,
             page_failures: 0,
             failed_probes: 0,
@@ -502,6 +506,9 @@ impl Poller {
                 .journal
                 .with(move |store| store.prune(retention, reach, now, PRUNE_BATCH))
                 .await;
+            if let Ok(pruned) = &pruned {
+                self.dropped_before = self.dropped_before.max(pruned.before);
+            }
             match pruned {
                 Ok(pruned)
                     if pruned.is_more

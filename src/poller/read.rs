@@ -252,6 +252,7 @@ impl Poller {
             ingested: false,
             requested_in,
             epoch: None,
+            may_be_dropped: false,
         })
     }
 

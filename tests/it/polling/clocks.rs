@@ -237,3 +237,35 @@ async fn time_before_a_step_back_is_read() {
     })
     .await;
 }
+
+/// If BigChat's clock is set back beyond the retention, events that were dropped are not delivered again, and others
+/// are.
+#[tokio::test]
+async fn clock_set_back_beyond_the_retention() {
+    let options = Options {
+        clock: Clock::Still(NOW),
+        ..quiet_log(Log::default())
+    };
+    run_with(options, async |t| {
+        t.set("--retention", "1s").set("--max-window", "10s");
+        t.bigchat.open(10, NOW - 4, 1);
+        let report = |events: [_; 2]| events.into_iter().for_each(|e| t.bigchat.reports_event(e));
+        report([start(10, NOW - 4), message(10, NOW - 3, "one")]);
+        t.start();
+        t.until_events("delivered", 2).await;
+        t.bigchat.clock(NOW + 200);
+        until("the events are dropped", async || {
+            t.value::<i64>("SELECT count(*) FROM events") == 0
+        })
+        .await;
+        report([message(10, NOW - 3, "new"), end(10, NOW - 2)]);
+        t.our_api.asked();
+        t.bigchat.clock(NOW - 1);
+        t.until_events("delivered", 4).await;
+        assert_eq!(t.our_api.messages(), ["one", "new"]);
+        let asked = t.our_api.asked();
+        let reads = asked.iter().filter(|line| line.starts_with("GET"));
+        assert_eq!(reads.count(), 2, "the chat and its messages: {asked:?}");
+    })
+    .await;
+}
