@@ -194,6 +194,7 @@ impl ApiError {
             (Some(Cause::Firewall), _) => {
                 format!("allow requests from this machine to {api}, or correct {url}")
             }
+            (Some(Cause::PageTooLarge), _) => "set a shorter --max-window".to_owned(),
             (Some(_), _) | (None, ErrorKind::WrongService) => {
                 format!("set {url} to the base URL of {api}")
             }

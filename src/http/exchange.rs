@@ -7,7 +7,7 @@ use serde_json::error::Category;
 
 use super::Target;
 use super::api::Api;
-use super::transport::Response;
+use super::transport::{MAX_BODY, Response};
 
 /// Maximum length of a request or a response in characters.
 const MAX_RECORD: usize = 2_000;
@@ -40,6 +40,8 @@ pub enum Cause {
     Firewall,
     /// A success without the expected JSON, and the reason.
     InvalidJson(String),
+    /// A page of events that is larger than the limit.
+    PageTooLarge,
 }
 
 impl Cause {
@@ -65,6 +67,10 @@ impl Cause {
                 "a firewall or proxy in front of {api} refuses the request; check it and {url}"
             ),
             Self::InvalidJson(reason) => format!("{api} gave no usable answer: {reason}"),
+            Self::PageTooLarge => format!(
+                "a page of {api} is larger than {} MiB; set a shorter --max-window",
+                MAX_BODY >> 20
+            ),
         }
     }
 }

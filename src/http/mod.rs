@@ -201,6 +201,7 @@ impl Http {
                     outcome_unknown: false,
                 },
                 reason: format!("not sent: rate-limited until {until}"),
+                too_large: false,
             });
         }
         let body = body
@@ -269,7 +270,7 @@ impl Http {
                 ..
             })
         );
-        let mut cause = None;
+        let mut cause;
         let (kind, mut exchange) = match sent {
             Ok(mut response) => {
                 cause = Cause::of(&response);
@@ -292,7 +293,14 @@ impl Http {
                 };
                 (kind, Exchange::new(target, body, Ok(&response)))
             }
-            Err(NoResponse { kind, reason }) => (kind, Exchange::new(target, body, Err(&reason))),
+            Err(NoResponse {
+                kind,
+                reason,
+                too_large,
+            }) => {
+                cause = (too_large && route == Route::Events).then_some(Cause::PageTooLarge);
+                (kind, Exchange::new(target, body, Err(&reason)))
+            }
         };
         exchange.cause = cause;
         let error = ApiError {

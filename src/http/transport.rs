@@ -1,9 +1,9 @@
 //! Sending requests and receiving responses.
 
-use std::fmt;
 use std::pin::Pin;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
+use std::{fmt, io};
 
 use reqwest::header::{self, HeaderMap, HeaderValue};
 use reqwest::{Body, Client, Method, StatusCode, redirect};
@@ -18,7 +18,7 @@ use crate::domain::time::{Millis, Timestamp};
 use crate::mutex::lock;
 
 /// Maximum size of a response in bytes. A page of 100,000 events is smaller.
-const MAX_BODY: usize = 32 << 20;
+pub(super) const MAX_BODY: usize = 32 << 20;
 
 /// Maximum `age` of a cached response in seconds; a larger one is nonsense.
 const MAX_AGE: u64 = 366 * 86_400;
@@ -62,6 +62,8 @@ pub struct Response {
 pub struct NoResponse {
     pub kind: ErrorKind,
     pub reason: String,
+    /// The response was larger than the limit.
+    pub too_large: bool,
 }
 
 impl NoResponse {
@@ -70,6 +72,7 @@ impl NoResponse {
         Self {
             kind: ErrorKind::Unreachable,
             reason: format!("no connection: {cause}"),
+            too_large: false,
         }
     }
 
@@ -78,6 +81,7 @@ impl NoResponse {
         Self {
             kind: ErrorKind::Rejected,
             reason: format!("cannot be sent: {cause}"),
+            too_large: false,
         }
     }
 
@@ -86,6 +90,14 @@ impl NoResponse {
         Self {
             kind: ErrorKind::OutcomeUnknown { timed_out: false },
             reason: format!("incomplete response: {cause}"),
+            too_large: false,
+        }
+    }
+
+    fn too_large() -> Self {
+        Self {
+            too_large: true,
+            ..Self::lost(format_args!("larger than {} MiB", MAX_BODY >> 20))
         }
     }
 
@@ -93,6 +105,7 @@ impl NoResponse {
         Self {
             kind: ErrorKind::OutcomeUnknown { timed_out: true },
             reason: "no answer in time".to_owned(),
+            too_large: false,
         }
     }
 }
@@ -296,12 +309,14 @@ async fn read(mut response: reqwest::Response) -> Result<Vec<u8>, NoResponse> {
     let mut body = Vec::new();
     while let Some(chunk) = response.chunk().await.map_err(lost)? {
         if body.len() + chunk.len() > MAX_BODY {
-            let limit = MAX_BODY >> 20;
-            return Err(NoResponse::lost(format_args!("larger than {limit} MiB")));
+            return Err(NoResponse::too_large());
         }
         body.extend_from_slice(&chunk);
     }
-    let body = inflated(body, &content_encoding, MAX_BODY).map_err(NoResponse::lost)?;
+    let body = inflated(body, &content_encoding, MAX_BODY).map_err(|error| match error.kind() {
+        io::ErrorKind::FileTooLarge => NoResponse::too_large(),
+        _ => NoResponse::lost(error),
+    })?;
     Ok(decoded(body, &content_type).into_bytes())
 }
 

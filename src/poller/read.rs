@@ -11,7 +11,7 @@ use crate::bigchat::{canonical_query, window_query};
 use crate::domain::time::Timestamp;
 use crate::domain::window::Window;
 use crate::http::route::Route;
-use crate::http::{ApiError, ErrorKind};
+use crate::http::{ApiError, Cause, ErrorKind};
 use crate::journal::{JournalError, NewPage, PollProgress, StoredPage, keys};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -23,7 +23,7 @@ const PAGE_ATTEMPTS: u32 = 3;
 /// window does not count.
 const MAX_PAGE_FAILURES: u32 = 3;
 
-/// A window of this length or less is not the reason why BigChat gives no usable answer.
+/// A window of this length or less is not the reason why BigChat gives no usable answer, unless its page is too large.
 const SHORT_WINDOW: Duration = Duration::from_secs(300);
 
 /// How the fetch of a window ended.
@@ -62,7 +62,7 @@ impl Poller {
                 Ok(page) => page,
                 Err(error) => {
                     if is_first && matches!(error.kind, ErrorKind::OutcomeUnknown { .. }) {
-                        self.shorten_windows(window);
+                        self.shorten_windows(window, &error);
                     }
                     if is_first && error.kind == ErrorKind::Rejected {
                         return self.find_oldest(pages, window, error).await;
@@ -138,10 +138,14 @@ impl Poller {
 
     /// The next windows are half as long, since BigChat may answer faster for a shorter one, with a smaller first page.
     /// Each first page that is received doubles the maximum again, up to the setting.
-    fn shorten_windows(&mut self, window: Window) {
-        let shortest = SHORT_WINDOW.max(self.settings.poll_overlap + SECOND);
+    fn shorten_windows(&mut self, window: Window, error: &ApiError) {
+        let shortest = match error.exchange.cause {
+            Some(Cause::PageTooLarge) => SECOND,
+            _ => SHORT_WINDOW.max(self.settings.poll_overlap + SECOND),
+        };
         let length = window.end.since(window.start);
-        if length <= shortest {
+        let max_window = (length / 2).max(shortest).min(self.max_window);
+        if length <= shortest || max_window == self.max_window {
             return;
         }
         // A single failure need not be due to the length.
@@ -152,7 +156,7 @@ impl Poller {
                  a shorter --max-window"
             );
         }
-        self.max_window = (length / 2).max(shortest).min(self.max_window);
+        self.max_window = max_window;
     }
 
     /// Handles a window that BigChat rejects. If BigChat answers for a recent window, this one is too long or too old.

@@ -1,12 +1,16 @@
 //! Windows and pages, and responses that are not pages.
 
-use crate::harness::services::{NOW, tampering, time, unix, window, with_body, with_header};
+use crate::harness::services::{
+    NOW, Tampered, tampering, time, unix, window, with_body, with_header,
+};
 use crate::harness::{Test, run_test, side_by_side, until};
 use bigchat_sync::domain::time::Timestamp;
 use bigchat_sync::http::Api;
 use bigchat_sync::simulator::bigchat::{Page, page, raw};
 use bigchat_sync::simulator::event::{end, message, start, transfer};
 use bigchat_sync::simulator::fault::{dropped, status};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
@@ -343,11 +347,11 @@ async fn body_cut_off_or_too_large() {
     let large: Tamper = |answer| padded(&answer, 1);
     side_by_side(
         [
-            ("cut off", cut_off, None),
-            ("too large", too_large, None),
-            ("large", large, Some("one")),
+            ("cut off", cut_off, None, vec![first_window()]),
+            ("too large", too_large, None, shorter_windows()),
+            ("large", large, Some("one"), vec![window(NOW - 5, NOW)]),
         ],
-        async |(case, tamper, text)| {
+        async |(case, tamper, text, windows)| {
             run_test(async |t| {
                 t.differs("pages are damaged in transit");
                 t.tamper_pages(1, tamper).await;
@@ -356,12 +360,8 @@ async fn body_cut_off_or_too_large() {
                 assert_eq!(t.our_api.messages(), Vec::from_iter(text), "{case}");
                 t.bigchat.reports([message(42, 2, "two")]);
                 t.once().await;
-                let start = if text.is_some() { NOW - 5 } else { NOW - 10 };
-                assert_eq!(
-                    t.bigchat.queries(),
-                    [first_window(), window(start, NOW)],
-                    "{case}"
-                );
+                let queries = [vec![first_window()], windows].concat();
+                assert_eq!(t.bigchat.queries(), queries, "{case}");
                 let expected = text.into_iter().chain(["two"]);
                 assert_eq!(t.our_api.messages(), Vec::from_iter(expected), "{case}");
             })
@@ -369,6 +369,15 @@ async fn body_cut_off_or_too_large() {
         },
     )
     .await;
+}
+
+/// The windows after the first one, whose page was too large: it is read in two parts, and then the next one is read.
+fn shorter_windows() -> Vec<String> {
+    vec![
+        window(NOW - 10, NOW - 3),
+        window(NOW - 8, NOW),
+        window(NOW - 5, NOW),
+    ]
 }
 
 fn messages(texts: &str) -> Vec<Value> {
@@ -866,6 +875,45 @@ async fn long_windows_are_not_answered() {
                 t.start();
             }
             t.until_cursor(NOW + 7200).await;
+        })
+        .await;
+    })
+    .await;
+}
+
+/// If the page of a window is too large, shorter ones are read. If that does not help, the reason names the setting.
+#[tokio::test]
+async fn page_of_a_window_is_too_large() {
+    run_test(async |t| {
+        t.once().await;
+        // The overlap and one second.
+        let longest = Arc::new(AtomicI64::new(6));
+        let limit = Arc::clone(&longest);
+        let url = tampering(&t.bigchat.url(), move |line, answer| {
+            let query = line.split(['?', ' ']).nth(2).unwrap_or_default();
+            let times: Vec<_> = form_urlencoded::parse(query.as_bytes())
+                .filter_map(|(_, value)| Timestamp::parse(&value))
+                .collect();
+            match times[..] {
+                [start, end] if end.unix() - start.unix() > limit.load(Ordering::Relaxed) => {
+                    Tampered::without_end(
+                        b"HTTP/1.1 200 OK\r\n\r\n",
+                        &[b' '; 1 << 20],
+                        Duration::ZERO,
+                    )
+                }
+                _ => answer.into(),
+            }
+        })
+        .await;
+        t.set("--bigchat-url", &url);
+        t.bigchat.clock(NOW + 20);
+        t.start();
+        t.until_cursor(NOW + 20).await;
+        longest.store(0, Ordering::Relaxed);
+        let reason = "a page of BigChat is larger than 32 MiB; set a shorter --max-window";
+        until("the reason", async || {
+            t.status().0.to_string().contains(reason)
         })
         .await;
     })
