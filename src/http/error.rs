@@ -35,7 +35,7 @@ pub enum ErrorKind {
     },
     /// Not sent: deliveries are paused, or the daemon stops. This is no attempt, and says nothing about the API.
     Withheld,
-    /// 401 or 403: no request will succeed before the credentials are renewed.
+    /// 401, 403 or 407: no request will succeed before the credentials are renewed.
     Unauthorized,
     /// Another service answers.
     WrongService,
@@ -123,16 +123,17 @@ impl ErrorKind {
     pub(super) fn of(route: Route, response: &Response) -> Option<Self> {
         use Route::*;
         let Response { status, body, .. } = response;
+        let is_html = body.trim_ascii_start().starts_with(b"<");
         Some(match (status.as_u16(), route) {
             (200..=299, _) => return None,
-            (401 | 403, _) => Self::Unauthorized,
-            (429, _) => Self::Unreachable,
+            (401 | 403 | 407, _) => Self::Unauthorized,
+            (423 | 429, _) => Self::Unreachable,
             (404, ChangeChat | Messages | AddMessage) => Self::NotFound(Resource::Chat),
             (404, Agent) => Self::NotFound(Resource::Agent),
             (404, Chats | Agents) => Self::WrongService,
-            (404 | 409, CreateChat | CreateAgent) => Self::Conflict,
+            (404 | 409, CreateChat | CreateAgent) if !is_html => Self::Conflict,
             // OurAPI answers 500 to a name or an address that is taken; the caller checks.
-            (500, CreateAgent) => Self::Conflict,
+            (500, CreateAgent) if !is_html => Self::Conflict,
             (404, Events) => Self::NotFound(Resource::Events),
             (404, Conversation) => Self::NotFound(Resource::Conversation),
             (404, Advisor) => Self::NotFound(Resource::Advisor),
@@ -141,8 +142,8 @@ impl ErrorKind {
             }
             (504 | 524, _) => Self::OutcomeUnknown { timed_out: true },
             (408 | 425, _) => Self::OutcomeUnknown { timed_out: false },
-            (405, _) => Self::WrongService,
-            (400..=499, _) if body.trim_ascii_start().starts_with(b"<") => Self::WrongService,
+            (405 | 421 | 426, _) => Self::WrongService,
+            (400..=499, _) if is_html => Self::WrongService,
             (400..=499, _) => Self::Rejected,
             _ => Self::OutcomeUnknown { timed_out: false },
         })
@@ -336,6 +337,19 @@ mod tests {
             (400, "", CreateChat, Some(ErrorKind::Rejected)),
             (422, "", AddMessage, Some(ErrorKind::Rejected)),
             (413, "<html>", AddMessage, Some(ErrorKind::WrongService)),
+            (404, "<html>", CreateChat, Some(ErrorKind::WrongService)),
+            (409, " <html>", CreateAgent, Some(ErrorKind::WrongService)),
+            (500, "<html>", CreateAgent, Some(unknown)),
+            (
+                404,
+                "<html>",
+                Advisor,
+                Some(ErrorKind::NotFound(Resource::Advisor)),
+            ),
+            (407, "", AddMessage, Some(ErrorKind::Unauthorized)),
+            (421, "", AddMessage, Some(ErrorKind::WrongService)),
+            (423, "", AddMessage, Some(ErrorKind::Unreachable)),
+            (426, "", Events, Some(ErrorKind::WrongService)),
             (405, "", CreateChat, Some(ErrorKind::WrongService)),
             (500, "", CreateAgent, Some(ErrorKind::Conflict)),
             (500, "", CreateChat, Some(unknown)),

@@ -36,7 +36,7 @@ pub struct Exchange {
 pub enum Cause {
     /// A redirect to this scheme and host; `None`: there was no location.
     Redirect(Option<String>),
-    /// A 403 with an HTML page, which no API sends.
+    /// A 407, or a 403 with an HTML page, which no API sends.
     Firewall,
     /// A success without the expected JSON, and the reason.
     InvalidJson(String),
@@ -51,6 +51,7 @@ impl Cause {
         match response.status.as_u16() {
             300..=399 => Some(Self::Redirect(response.location.clone())),
             403 if is_html() => Some(Self::Firewall),
+            407 => Some(Self::Firewall),
             _ => None,
         }
     }
