@@ -35,7 +35,8 @@ pub enum ErrorKind {
     },
     /// Not sent: deliveries are paused, or the daemon stops. This is no attempt, and says nothing about the API.
     Withheld,
-    /// 401, 403 or 407: no request will succeed before the credentials are renewed.
+    /// 401, 403 or 407: no request will succeed before the credentials are renewed. Like the next kind, it may come from
+    /// a proxy that has forwarded the request.
     Unauthorized,
     /// Another service answers.
     WrongService,
@@ -89,6 +90,8 @@ impl ErrorKind {
                     outcome_unknown: true,
                     ..
                 }
+                | Self::Unauthorized
+                | Self::WrongService
         )
     }
 

@@ -8,7 +8,7 @@ use rusqlite::{Connection, OptionalExtension, Transaction, params};
 use super::console::says;
 use super::inbox::ingest_dead_letter;
 use super::{Result, Store, UNREADABLE, count, limit};
-use crate::domain::event::PartialEvent;
+use crate::domain::event::{EventKind, PartialEvent};
 use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::named::named;
 use crate::domain::time::{Millis, Timestamp};
@@ -434,7 +434,7 @@ fn resolve(
     who: &Operator,
     now: Millis,
 ) -> Result<bool> {
-    let dead_letter: Option<(Option<ConversationId>, PartialEvent)> = transaction
+    let dead_letter: Option<(Option<ConversationId>, PartialEvent, bool)> = transaction
         .prepare_cached(&format!(
             "SELECT d.conversation, c.bigchat_id, e.kind, iif(d.conversation IS NULL, e.data, NULL)
              FROM dead_letters d JOIN events e ON e.id = d.event LEFT JOIN conversations c ON c.id = d.conversation
@@ -447,10 +447,12 @@ fn resolve(
                 at: None,
             };
             let (kind, raw): (String, Option<String>) = (row.get(2)?, row.get(3)?);
-            Ok((row.get(0)?, partial_event(&kind, raw.as_deref(), known)))
+            let is_message = EventKind::from_name(&kind).is_some_and(EventKind::is_message);
+            let partial = partial_event(&kind, raw.as_deref(), known);
+            Ok((row.get(0)?, partial, is_message))
         })
         .optional()?;
-    let Some((conversation, partial)) = dead_letter else {
+    let Some((conversation, partial, is_message)) = dead_letter else {
         return Ok(false);
     };
     match (resolution, conversation) {
@@ -459,7 +461,9 @@ fn resolve(
                 return Ok(false);
             }
         }
-        (Resolution::Retry, Some(conversation)) => retry(transaction, id, conversation, now)?,
+        (Resolution::Retry, Some(conversation)) => {
+            retry(transaction, id, conversation, is_message, now)?;
+        }
         (Resolution::Discard, _) => {
             transaction
                 .prepare_cached("UPDATE dead_letters SET discarded_at = ?2 WHERE event = ?1")?
@@ -498,11 +502,13 @@ fn resolve(
 
 /// Retries a dead letter, with all attempts available. Above the offset, an event waits again as soon as it is no
 /// longer a dead letter; up to the offset, it becomes a redelivery. If the outcome of an attempt is unknown, the chat
-/// is read back first.
+/// is read back first. The outcome of a message always is, because a proxy may have rejected it after OurAPI had added
+/// it.
 fn retry(
     transaction: &Transaction<'_>,
     event: EventId,
     conversation: ConversationId,
+    is_message: bool,
     now: Millis,
 ) -> Result<()> {
     transaction
@@ -510,9 +516,10 @@ fn retry(
         .execute([event])?;
     transaction
         .prepare_cached(
-            "UPDATE attempts SET counted = 0, next_at = NULL, retried_at = ?2 WHERE event = ?1",
+            "UPDATE attempts SET counted = 0, next_at = NULL, retried_at = ?2, outcome_unknown = outcome_unknown OR ?3
+             WHERE event = ?1",
         )?
-        .execute(params![event, now])?;
+        .execute(params![event, now, is_message])?;
     transaction
         .prepare_cached(
             "INSERT INTO redeliveries (conversation, event, restored)

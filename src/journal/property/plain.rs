@@ -584,6 +584,7 @@ impl Plain {
         let now = self.now;
         let event = self.events.get_mut(&id).expect("an event");
         (event.state, event.attempts.counted, event.next_at) = (State::Waiting, 0, None);
+        event.attempts.outcome_unknown |= EVENTS[event.what].key().is_some();
         let (conversation, unknown) = (event.conversation, event.attempts.outcome_unknown);
         let was_stale = self.conversation(conversation).stale;
         if unknown {

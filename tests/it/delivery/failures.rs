@@ -20,6 +20,7 @@ const LATE: &str = "OurAPI did not answer in time";
 const TURNED_AWAY: &str = "OurAPI cannot be reached or refuses requests";
 const DENIED: &str =
     "OurAPI rejected the credentials; renew BIGCHAT_SYNC_OUR_API_TOKEN or check --our-api-url";
+const PROXY: &str = "a firewall or proxy in front of OurAPI refuses the request";
 const REDIRECT: &str = "OurAPI redirects to http://";
 const REFUSED: &str = "OurAPI permanently rejects it";
 
@@ -108,8 +109,17 @@ async fn message_after_each_failure() {
                 "404",
             ),
             ("429", status(429), not, TURNED_AWAY, "429"),
-            ("401", status(401), not, DENIED, "401"),
-            ("403", status(403), not, DENIED, "403"),
+            ("423", status(423), not, TURNED_AWAY, "423"),
+            ("401", status(401), read_back, DENIED, "401"),
+            ("403", status(403), read_back, DENIED, "403"),
+            ("407", status(407), read_back, PROXY, "407"),
+            (
+                "a page",
+                status(413).body("<p>"),
+                read_back,
+                "the service does not seem to be OurAPI",
+                "413 <p>",
+            ),
             ("400", no_agent_named, not, no_agent, "400 {"),
         ],
         async |(case, upset, asked, reason, response)| {
@@ -207,6 +217,25 @@ async fn retry_after_rejected_chat() {
         daemon.stop().await;
         assert_eq!(t.our_api.chats(), ["42 22:00:00 22:00:06 a1"]);
         assert_eq!(t.our_api.messages(), ["one", "two"]);
+    })
+    .await;
+}
+
+/// A proxy may reject a message that OurAPI has added. The retry finds it.
+#[tokio::test]
+async fn retry_of_a_rejected_message_that_was_added() {
+    run_test(async |t| {
+        with_a_chat(t).await;
+        let upset = status(422).body("{}").carried_out();
+        t.our_api.upset(POST, upset);
+        t.bigchat.reports([message(42, 5, "Hello")]);
+        t.until_events("failed", 1).await;
+        t.our_api.asked();
+        let printed = t.failed_command(&["retry", "--all"]);
+        assert!(printed.expect("it is there").starts_with("1 "));
+        t.until_events("delivered", 2).await;
+        assert_eq!(heads(&t.our_api.asked()), [FIND, READ]);
+        assert_eq!(t.our_api.messages(), ["Hello"]);
     })
     .await;
 }
@@ -359,16 +388,21 @@ async fn change_with_unknown_outcome() {
                 status(500).carried_out(),
                 carried_out.clone(),
             ),
-            ("dropped", dropped(), again),
+            ("dropped", dropped(), again.clone()),
             ("late", late().carried_out(), carried_out.clone()),
             ("404", status(404), vec![part, FIND, FIND, part]),
             (
                 "503 with Retry-After",
                 status(503).header("retry-after", "0").carried_out(),
-                carried_out,
+                carried_out.clone(),
             ),
             ("429", status(429), vec![part, part]),
-            ("403", status(403), vec![part, part]),
+            ("403", status(403), again.clone()),
+            (
+                "403, carried out",
+                status(403).carried_out(),
+                carried_out.clone(),
+            ),
         ],
         async |(case, upset, expected)| {
             run_test(async |t| {
@@ -866,13 +900,7 @@ async fn details_after_each_failure() {
             ("details: 401", details, status(401), denied, "401"),
             ("advisor: 500", advisor, status(500), reason, "500"),
             ("advisor: 403", advisor, status(403), denied, "403"),
-            (
-                "advisor: no name",
-                advisor,
-                status(200).body("{}"),
-                reason,
-                "200 {}",
-            ),
+            ("advisor: HTML", advisor, html(), reason, "200 <html>"),
         ],
         async |(case, pattern, upset, reason, response)| {
             run_test(async |t| {
