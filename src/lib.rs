@@ -63,6 +63,8 @@
 //! - **cursor**: the time up to which BigChat was read, by BigChat's clock.
 //! - **dead letter**: an event that cannot be delivered or parsed. It is open until an operator retries or discards it;
 //!   a discarded one stays for the retention period. `failed` on the command line.
+//! - **denial**: the answer of an API that it does not know a conversation or an advisor, or does not accept an agent.
+//!   It is believed once it was repeated.
 //! - **desired**: the chat that the events define.
 //! - **discard**: the resolution that gives a dead letter up.
 //! - **drift**: a field of a chat in OurAPI that another client, or a daemon with a newer copy of the journal, has

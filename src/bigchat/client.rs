@@ -122,15 +122,19 @@ impl BigChat {
         .await
     }
 
-    pub async fn advisor(&self, id: i64) -> Result<Advisor> {
+    /// `None`: the record has no name or address.
+    pub async fn advisor(&self, id: i64) -> Result<Option<Advisor>> {
         self.get(
             self.http.target(Route::Advisor, &id.to_string(), None),
             |response| {
                 let [name, email] = fields(text(response)?, ["name", "email_address"])?;
-                Ok(Advisor {
-                    name: read("name", name)?,
-                    email_address: read("email_address", email)?,
-                })
+                let record = read("name", name)
+                    .ok()
+                    .zip(read("email_address", email).ok());
+                Ok(record.map(|(name, email_address)| Advisor {
+                    name,
+                    email_address,
+                }))
             },
         )
         .await

@@ -5,11 +5,11 @@ use super::epoch::{self, ProbeResult};
 use super::{Source, SourceError};
 use crate::domain::conversation::{Conversation, Details};
 use crate::domain::ids::{AdvisorId, Epoch};
-use crate::domain::time::Timestamp;
+use crate::domain::time::{Millis, Timestamp};
 use crate::http::{Api, ApiError, ErrorKind};
-use crate::journal::KnownAdvisor;
+use crate::journal::{Denial, KnownAdvisor};
 
-/// How many 404s in a row are believed. The result is final, and a single 404 may come from an instance that lags
+/// How many 404s in a row are believed about a conversation of a page: a single one may come from an instance that lags
 /// behind the others at the same address.
 const NOT_FOUND_ATTEMPTS: u32 = 3;
 
@@ -21,15 +21,16 @@ pub async fn read(source: &Source, conversation: &mut Conversation) -> Result<()
         return Ok(());
     }
     let id = conversation.bigchat_id;
-    match request(source, || source.conversation(id, 1)).await {
-        Err(error) if source.is_gone(&error) => {
+    may_request(source)?;
+    match source.conversation(id, 1).await {
+        Err(error) => {
+            denied(source, conversation.epoch, Denial::Conversation, id, error).await?;
             tracing::warn!(
-                conversation = conversation.bigchat_id,
-                "BigChat no longer knows the conversation"
+                conversation = id,
+                "BigChat does not know the conversation; its chat has no agent until a TRANSFER names one"
             );
             conversation.details = Details::Gone;
         }
-        Err(error) => return Err(error.into()),
         Ok(details) => {
             let is_same = match (conversation.desired.started_at, details.started_at) {
                 (Some(known), Some(reported)) if known == reported => true,
@@ -91,20 +92,28 @@ pub async fn advisor(
     let known = if source.epoch() != epoch {
         KnownAdvisor::Gone
     } else {
-        match request(source, || source.advisor(id)).await {
+        may_request(source)?;
+        match source.advisor(id).await {
             Ok(advisor) if is_same_epoch(source, epoch).await? => KnownAdvisor::Person {
                 name: advisor.name.trim().to_owned(),
                 email: advisor.email_address.trim().to_owned(),
             },
             Ok(_) => KnownAdvisor::Gone,
-            Err(error) if source.is_gone(&error) => KnownAdvisor::Gone,
-            Err(error) => return Err(error.into()),
+            Err(error) => {
+                denied(source, epoch, Denial::Advisor, id.0, error).await?;
+                KnownAdvisor::Gone
+            }
         }
     };
-    if known == KnownAdvisor::Gone {
+    if known == KnownAdvisor::Gone && source.epoch() == epoch {
         tracing::warn!(
             advisor = %id,
-            "BigChat no longer knows the advisor; chats stay without an agent"
+            "BigChat does not know the advisor, or has no usable record; its chats have no agent until the next pass asks again"
+        );
+    } else if known == KnownAdvisor::Gone {
+        tracing::warn!(
+            advisor = %id,
+            "BigChat has restarted and no longer knows the advisor; its chats stay without an agent"
         );
     }
     let recorded = known.clone();
@@ -130,14 +139,43 @@ fn not_sent(reason: &str) -> ApiError {
     ApiError::not_sent(Api::BigChat, ErrorKind::Unreachable, reason)
 }
 
+/// Whether the circuit breaker lets a request pass.
+fn may_request(source: &Source) -> Result<(), ApiError> {
+    match source.accepts_requests() {
+        true => Ok(()),
+        false => Err(not_sent("BigChat is down; the request waits")),
+    }
+}
+
+/// Handles a failed request for a conversation or an advisor. Returns if BigChat denies it and that is believed.
+async fn denied(
+    source: &Source,
+    epoch: Epoch,
+    what: Denial,
+    id: i64,
+    error: ApiError,
+) -> Result<(), SourceError> {
+    if !error.is_not_found() {
+        return Err(error.into());
+    }
+    let now = Millis::now();
+    let is_believed = source.is_gone(&error)
+        && source
+            .journal
+            .with(move |store| store.is_denied(epoch, what, id, now))
+            .await?;
+    match is_believed {
+        true => Ok(()),
+        false => Err(error.with_kind(ErrorKind::Denied).into()),
+    }
+}
+
 /// Requests details. A 404 is believed if it comes several times in a row.
 pub(super) async fn request<T, F>(source: &Source, send: impl Fn() -> F) -> Result<T, ApiError>
 where
     F: Future<Output = Result<T, ApiError>>,
 {
-    if !source.accepts_requests() {
-        return Err(not_sent("BigChat is down; the request waits"));
-    }
+    may_request(source)?;
     let mut requests = 1;
     loop {
         match send().await {

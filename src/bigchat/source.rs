@@ -9,7 +9,7 @@ use super::clock::BigChatClock;
 use super::{Advisor, BigChat, Details, Epochs, Page};
 use crate::domain::ids::{AdvisorId, Epoch};
 use crate::domain::time::Millis;
-use crate::http::{ApiError, Circuit, Http};
+use crate::http::{Api, ApiError, Circuit, ErrorKind, Http, Resource};
 use crate::journal::{Journal, JournalError};
 
 #[derive(Debug, Error)]
@@ -70,10 +70,18 @@ impl Source {
             .inspect(|_| self.epochs.answered(true))
     }
 
-    /// The same for an advisor, once.
+    /// The same for an advisor, once. One without a usable record is not found, either.
     pub(super) async fn advisor(&self, id: AdvisorId) -> Result<Advisor, ApiError> {
-        let advisor = self.client.advisor(id.0).await;
-        advisor.inspect(|_| self.epochs.answered(true))
+        let advisor = self.client.advisor(id.0).await?;
+        self.epochs.answered(true);
+        advisor.ok_or_else(|| {
+            let kind = ErrorKind::NotFound(Resource::Advisor);
+            ApiError::not_sent(
+                Api::BigChat,
+                kind,
+                "the record has no usable name or address",
+            )
+        })
     }
 
     /// Whether BigChat no longer knows a conversation or an advisor. A 404 is believed only while BigChat answers.

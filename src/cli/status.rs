@@ -3,7 +3,7 @@
 use super::{CommandError, json};
 use crate::domain::time::Millis;
 use crate::http::{ApiState, ApiStatus};
-use crate::journal::{DifferingChat, Gap, Store, Verification};
+use crate::journal::{Denial, DifferingChat, Gap, Store, Verification, WithoutAgent};
 use crate::settings::Settings;
 use crate::status::{Problem, Status, duration, seconds, stored_seconds};
 use crate::telemetry::terminal::{printable, shown};
@@ -43,6 +43,7 @@ fn text(status: &Status) -> String {
     text.polling();
     text.queue();
     text.verification();
+    text.without_agent();
     text.verdict();
     text.lines.join("\n")
 }
@@ -173,6 +174,38 @@ impl Text<'_> {
             let drift = drift.as_ref().map(|drift| format!("{drift} was {CHANGED}"));
             let what: Vec<String> = lost.into_iter().chain(drift).collect();
             self.line("", format!("chat {external_id}: {}", what.join("; ")));
+        }
+    }
+
+    fn without_agent(&mut self) {
+        let without = &self.status.figures.without_agent;
+        for WithoutAgent {
+            denied,
+            count,
+            advisors,
+        } in without
+        {
+            let ids: Vec<_> = advisors.iter().map(ToString::to_string).collect();
+            let more = match *count > advisors.len() as u64 {
+                true => ", …",
+                false => "",
+            };
+            let who = match denied {
+                Denial::Agent => "whose agent OurAPI does not accept",
+                _ => "whom BigChat does not know, or without a usable record",
+            };
+            let plural = if *count == 1 { "" } else { "s" };
+            let ids = ids.join(", ");
+            self.line(
+                "no agent",
+                format!("{count} advisor{plural} {who}: {ids}{more}"),
+            );
+        }
+        if !without.is_empty() {
+            self.line(
+                "",
+                "correct the cause; the next pass then sets the agents of their chats, or `bigchat-sync verify --repair` now",
+            );
         }
     }
 

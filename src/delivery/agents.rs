@@ -2,10 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
-use reqwest::StatusCode;
-use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::Delivery;
@@ -14,17 +11,10 @@ use crate::bigchat::{Source, details};
 use crate::domain::ids::{AdvisorId, Epoch, VerificationId};
 use crate::domain::time::Millis;
 use crate::http::route::Route;
-use crate::http::{ApiError, ErrorKind, Exchange};
-use crate::journal::{Journal, JournalError, KnownAdvisor, KnownAgent};
+use crate::http::{ApiError, ErrorKind};
+use crate::journal::{Denial, Journal, JournalError, KnownAdvisor, KnownAgent};
 use crate::mutex::lock;
 use crate::our_api::{Agent, OurApi, is_alike};
-
-/// How many unexplained refusals of an agent it takes until they are believed. A refusal is unexplained if OurAPI lists
-/// neither the address nor the name. A few may come from another service at the same URL.
-const UNEXPLAINED_REFUSALS: u32 = 3;
-
-/// Refusals in shorter succession count once.
-const REFUSALS_APART: Duration = Duration::from_millis(500);
 
 #[derive(Debug)]
 pub(super) struct Agents {
@@ -36,8 +26,6 @@ pub(super) struct Agents {
     cache: Mutex<Cache>,
     /// Whether an agent is gone, by the id of a verification and the agent.
     verified: Mutex<HashMap<(VerificationId, Uuid), bool>>,
-    /// By e-mail address.
-    refusals: Mutex<HashMap<String, Refusals>>,
     /// Held during a search and creation, so that two conversations do not create the same agent.
     creating: tokio::sync::Mutex<()>,
 }
@@ -47,8 +35,7 @@ pub(super) struct Agents {
 struct Cache {
     /// The loss counter of OurAPI.
     losses: i64,
-    /// `None`: the advisor has no agent.
-    by_advisor: HashMap<(Epoch, AdvisorId), Option<Uuid>>,
+    by_advisor: HashMap<(Epoch, AdvisorId), Uuid>,
     /// The agents queried by id, and whether they exist.
     exists: HashMap<Uuid, bool>,
 }
@@ -58,13 +45,6 @@ impl Cache {
         self.by_advisor.clear();
         self.exists.clear();
     }
-}
-
-/// The times that OurAPI has refused an agent without a reason.
-#[derive(Debug, Default)]
-struct Refusals {
-    count: u32,
-    last: Option<Instant>,
 }
 
 impl Agents {
@@ -79,7 +59,6 @@ impl Agents {
                 ..Cache::default()
             }),
             verified: Mutex::default(),
-            refusals: Mutex::default(),
             creating: tokio::sync::Mutex::default(),
         }
     }
@@ -105,25 +84,33 @@ impl Agents {
         lock(&self.cache).clear();
     }
 
-    /// The agent of an advisor; `None` if BigChat no longer knows the advisor or OurAPI permanently rejects the agent.
+    /// The agent of an advisor; `None` if BigChat denies the advisor or OurAPI the agent. The next pass asks again.
     pub(super) async fn resolve(
         &self,
         epoch: Epoch,
         advisor: AdvisorId,
     ) -> Result<Option<Uuid>, AttemptError> {
         if let Some(known) = lock(&self.cache).by_advisor.get(&(epoch, advisor)) {
-            return Ok(*known);
+            return Ok(Some(*known));
         }
         let _one_at_a_time = self.creating.lock().await;
         let losses = self.losses();
         let agent = match details::advisor(&self.source, epoch, advisor).await? {
             KnownAdvisor::Gone => None,
             KnownAdvisor::Person { name, email } => {
-                self.of_person(advisor, &name, &email, losses).await?
+                let person = Person {
+                    epoch,
+                    advisor,
+                    name: &name,
+                    email: &email,
+                };
+                self.of_person(person, losses).await?
             }
         };
         let mut cache = lock(&self.cache);
-        if losses == cache.losses {
+        if let Some(agent) = agent
+            && losses == cache.losses
+        {
             cache.by_advisor.insert((epoch, advisor), agent);
         }
         Ok(agent)
@@ -131,11 +118,10 @@ impl Agents {
 
     async fn of_person(
         &self,
-        advisor: AdvisorId,
-        name: &str,
-        email: &str,
+        person: Person<'_>,
         losses: i64,
     ) -> Result<Option<Uuid>, AttemptError> {
+        let Person { advisor, email, .. } = person;
         let address = email.to_owned();
         let known = match self
             .journal
@@ -145,21 +131,25 @@ impl Agents {
             Some(known) => known,
             None => {
                 let mut spelled = None;
-                let found = match self.find_or_create(advisor, name, email).await {
+                let found = match self.find_or_create(person).await {
                     Ok(agent) => {
-                        lock(&self.refusals).remove(email);
                         spelled = Some(agent.email);
                         KnownAgent::Agent(agent.agent_id)
                     }
-                    Err(error) if self.is_permanent(email, &error) => {
+                    Err(AttemptError::Read(error))
+                        if matches!(error.kind, ErrorKind::Ambiguous | ErrorKind::Rejected) =>
+                    {
+                        if !self.is_refused(person).await? {
+                            return Err(error.with_kind(ErrorKind::Denied).into());
+                        }
                         let failure = error.logged();
                         tracing::warn!(
                             %advisor, reason = failure.reason, request = failure.request, response = failure.response,
-                            "OurAPI permanently rejects an agent; its chats stay without one"
+                            "OurAPI does not accept an agent; its chats have none until the next pass asks again"
                         );
                         KnownAgent::Refused
                     }
-                    Err(error) => return Err(error.into()),
+                    Err(error) => return Err(error),
                 };
                 let address = email.to_owned();
                 self.journal
@@ -179,22 +169,27 @@ impl Agents {
     /// The agent of an e-mail address. Which addresses or names are equal is up to OurAPI: it may compare, and store,
     /// case, accents, normal forms and domains in its own way. If it refuses to create an agent, its lists identify the
     /// existing one.
-    async fn find_or_create(
-        &self,
-        advisor: AdvisorId,
-        name: &str,
-        email: &str,
-    ) -> Result<Agent, ApiError> {
+    async fn find_or_create(&self, person: Person<'_>) -> Result<Agent, AttemptError> {
+        let Person {
+            advisor,
+            name,
+            email,
+            ..
+        } = person;
         let listed = self.our_api.agents_by_email(email).await?;
         if let Some(agent) = choose(alike(listed, email), advisor, name) {
             return Ok(agent);
         }
-        let taken = match self.create(advisor, name, email).await? {
+        let taken = match self.create(person).await? {
             Creation::Created(agent) | Creation::Found(agent) => return Ok(agent),
             Creation::Taken(taken) if !taken.by_namesake => taken,
             Creation::Taken(_) => {
                 let full_name = format!("{name} ({email})");
-                match self.create(advisor, &full_name, email).await? {
+                let renamed = Person {
+                    name: &full_name,
+                    ..person
+                };
+                match self.create(renamed).await? {
                     Creation::Created(agent) => {
                         tracing::warn!(%advisor, "another agent has the same name; added the e-mail address to the new agent's name");
                         return Ok(agent);
@@ -212,17 +207,18 @@ impl Agents {
                 );
                 Ok(agent)
             }
-            Err(_) => Err(taken.error.with_kind(ErrorKind::Ambiguous)),
+            Err(_) => Err(taken.error.with_kind(ErrorKind::Ambiguous).into()),
         }
     }
 
     /// Creates an agent. If OurAPI refuses, its lists are read to find out why.
-    async fn create(
-        &self,
-        advisor: AdvisorId,
-        name: &str,
-        email: &str,
-    ) -> Result<Creation, ApiError> {
+    async fn create(&self, person: Person<'_>) -> Result<Creation, AttemptError> {
+        let Person {
+            advisor,
+            name,
+            email,
+            ..
+        } = person;
         let our_api = &self.our_api;
         let error = match our_api.create_agent(name, email).await {
             Ok(agent) => {
@@ -230,7 +226,7 @@ impl Agents {
                 return Ok(Creation::Created(agent));
             }
             Err(error) if error.kind == ErrorKind::Conflict => error,
-            Err(error) => return Err(error),
+            Err(error) => return Err(error.into()),
         };
         // A request of ours that timed out earlier may have been carried out meanwhile.
         let mut listed = our_api.agents_by_email(email).await?;
@@ -248,9 +244,14 @@ impl Agents {
                 .exchange
                 .status
                 .is_some_and(|status| status.is_server_error());
-            if is_outage || !self.refuses_again(email) {
+            if is_outage {
                 let kind = ErrorKind::OutcomeUnknown { timed_out: false };
-                return Err(our_api.http().reclassify(error, Route::CreateAgent, kind));
+                let http = our_api.http();
+                return Err(http.reclassify(error, Route::CreateAgent, kind).into());
+            }
+            // Only if it is repeated, a namesake that OurAPI does not list may be the reason.
+            if !self.is_refused(person).await? {
+                return Err(error.with_kind(ErrorKind::Denied).into());
             }
         }
         // If one agent alone has both the address and the name, it is the one to use. So is an agent that alone has the
@@ -268,35 +269,12 @@ impl Agents {
         }))
     }
 
-    /// Whether OurAPI will never have the agent. A rejected read shows that OurAPI does not work, unless the rejection
-    /// is about the address itself (422, or it cannot be sent), or is repeated.
-    fn is_permanent(&self, email: &str, error: &ApiError) -> bool {
-        let Exchange {
-            is_read, status, ..
-        } = *error.exchange;
-        match error.kind {
-            ErrorKind::Ambiguous => true,
-            ErrorKind::Rejected if is_read && status != Some(StatusCode::UNPROCESSABLE_ENTITY) => {
-                status.is_none() || self.refuses_again(email)
-            }
-            ErrorKind::Rejected => true,
-            _ => false,
-        }
-    }
-
-    /// Counts a refusal without a reason, and returns whether it is to be believed.
-    fn refuses_again(&self, email: &str) -> bool {
-        let mut refusals = lock(&self.refusals);
-        let refusals = refusals.entry(email.to_owned()).or_default();
-        // Conversations of one advisor may ask one after the other.
-        if refusals
-            .last
-            .is_none_or(|last| last.elapsed() > REFUSALS_APART)
-        {
-            refusals.count += 1;
-            refusals.last = Some(Instant::now());
-        }
-        refusals.count >= UNEXPLAINED_REFUSALS
+    /// Counts a refusal of the agent, and returns whether it is believed.
+    async fn is_refused(&self, person: Person<'_>) -> Result<bool, JournalError> {
+        let (epoch, AdvisorId(id), now) = (person.epoch, person.advisor, Millis::now());
+        self.journal
+            .with(move |store| store.is_denied(epoch, Denial::Agent, id, now))
+            .await
     }
 
     /// Handles a response that an agent does not exist. If OurAPI's list confirms it, the agent is created again when
@@ -390,6 +368,15 @@ impl Agents {
         }
         Ok(true)
     }
+}
+
+/// An advisor, and the fields of the agent.
+#[derive(Clone, Copy)]
+struct Person<'a> {
+    epoch: Epoch,
+    advisor: AdvisorId,
+    name: &'a str,
+    email: &'a str,
 }
 
 enum Creation {

@@ -73,6 +73,10 @@ impl AttemptError {
         matches!(self, Self::Read(_) | Self::Write(_))
     }
 
+    fn is_denial(&self) -> bool {
+        matches!(self, Self::Read(error) if error.kind == ErrorKind::Denied)
+    }
+
     /// No request was made. The event is unchanged.
     pub(super) fn is_withheld(&self) -> bool {
         matches!(self, Self::Read(error) | Self::Write(error) if error.kind == ErrorKind::Withheld)
@@ -109,7 +113,7 @@ impl AttemptError {
     fn may_be_its_own(&self, bigchat_is_failing: bool) -> bool {
         match self {
             Self::Write(error) | Self::Read(error) => match (error.api, error.kind) {
-                (_, ErrorKind::RateLimited { .. }) => false,
+                (_, ErrorKind::RateLimited { .. } | ErrorKind::Denied) => false,
                 // A write that OurAPI accepts proves nothing about BigChat.
                 (Api::BigChat, ErrorKind::Unauthorized) => false,
                 (Api::BigChat, _) => !bigchat_is_failing,
@@ -130,6 +134,8 @@ pub(super) struct Circumstances {
     pub(super) bigchat_retry_after: Option<Millis>,
     /// After a time-out, the request may be in flight for as long again.
     pub(super) request_timeout: Duration,
+    /// Denials in shorter succession count once.
+    pub(super) poll_interval: Duration,
     /// Jitter: 0 to 1.
     pub(super) fraction: f64,
 }
@@ -155,13 +161,7 @@ pub(super) fn outcome(
     if attempts.counted >= policy.max_attempts {
         return Outcome::DeadLetter { attempts, failure };
     }
-    let next_at = at.now.plus(back_off(
-        error,
-        attempts.failed,
-        policy,
-        at.request_timeout,
-        at.fraction,
-    ));
+    let next_at = at.now.plus(back_off(error, attempts.failed, policy, at));
     let next_at = match error {
         error if error.is_of_bigchat() => next_at.max(at.bigchat_retry_after.unwrap_or_default()),
         // The scheduler enforces OurAPI's rate limit.
@@ -194,19 +194,14 @@ fn attempts_after(
 }
 
 /// The wait after failure number `attempts`. A write of unknown outcome gets time to arrive before it is read back.
-fn back_off(
-    error: &AttemptError,
-    attempts: u32,
-    policy: &Policy,
-    request_timeout: Duration,
-    fraction: f64,
-) -> Duration {
-    let arrival = match (error.outcome_unknown(), error.is_timeout()) {
+fn back_off(error: &AttemptError, attempts: u32, policy: &Policy, at: &Circumstances) -> Duration {
+    let at_least = match (error.outcome_unknown(), error.is_timeout()) {
+        (false, _) if error.is_denial() => at.poll_interval,
         (false, _) => Duration::ZERO,
         (true, false) => policy.initial / 2,
-        (true, true) => request_timeout,
+        (true, true) => at.request_timeout,
     };
-    policy.backoff(attempts, fraction).max(arrival)
+    policy.backoff(attempts, at.fraction).max(at_least)
 }
 
 /// Counts successful writes. The last two conversations suffice to know whether a write of another one has succeeded.
@@ -326,6 +321,8 @@ mod tests {
             (read(Api::BigChat, ErrorKind::Rejected), 1, 0),
             (read(Api::BigChat, ErrorKind::Unauthorized), 0, 0),
             (read(Api::BigChat, rate_limited(false)), 0, 0),
+            (read(Api::BigChat, ErrorKind::Denied), 0, 0),
+            (read(Api::OurApi, ErrorKind::Denied), 0, 0),
             (AttemptError::Journal(JournalError::Closed), 0, 0),
             (AttemptError::DataLost("its chat is gone"), 0, 0),
         ] {
@@ -369,6 +366,7 @@ mod tests {
             bigchat_is_failing: false,
             bigchat_retry_after: Some(Millis(9_000)),
             request_timeout: Duration::from_secs(10),
+            poll_interval: Duration::ZERO,
             fraction: 0.0,
         };
         let outcome = |counted, error: &AttemptError| {
@@ -395,14 +393,22 @@ mod tests {
     }
 
     #[test]
-    fn unknown_outcome_waits_for_arrival() {
-        let timeout = Duration::from_secs(30);
-        let wait = |kind, attempts, fraction| {
-            back_off(&write(kind), attempts, &POLICY, timeout, fraction).as_millis()
+    fn least_wait_of_each_error() {
+        let wait = |error, attempts, fraction| {
+            let at = Circumstances {
+                now: Millis(0),
+                bigchat_is_failing: false,
+                bigchat_retry_after: None,
+                request_timeout: Duration::from_secs(30),
+                poll_interval: Duration::from_secs(10),
+                fraction,
+            };
+            back_off(&error, attempts, &POLICY, &at).as_millis()
         };
-        assert_eq!(wait(ErrorKind::Unreachable, 1, 0.0), 0);
-        assert_eq!(wait(UNKNOWN, 1, 0.0), 500);
-        assert_eq!(wait(TIMED_OUT, 1, 0.0), 30_000);
-        assert_eq!(wait(TIMED_OUT, 9, 1.0), 256_000);
+        assert_eq!(wait(write(ErrorKind::Unreachable), 1, 0.0), 0);
+        assert_eq!(wait(write(UNKNOWN), 1, 0.0), 500);
+        assert_eq!(wait(write(TIMED_OUT), 1, 0.0), 30_000);
+        assert_eq!(wait(write(TIMED_OUT), 9, 1.0), 256_000);
+        assert_eq!(wait(read(Api::BigChat, ErrorKind::Denied), 1, 1.0), 10_000);
     }
 }

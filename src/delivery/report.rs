@@ -290,6 +290,7 @@ impl Reporter {
             bigchat_is_failing: bigchat.is_failing(),
             bigchat_retry_after: bigchat.rate_limited_until(now),
             request_timeout: settings.request_timeout,
+            poll_interval: settings.poll_interval,
             fraction: rand::random(),
         };
         attempts::outcome(

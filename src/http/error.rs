@@ -42,6 +42,8 @@ pub enum ErrorKind {
     WrongService,
     /// The API does not know the resource. In OurAPI, only a list proves that it is gone.
     NotFound(Resource),
+    /// The API denies an advisor, a conversation or an agent, not often enough yet to be believed. Retry later.
+    Denied,
     /// An equal resource exists, if the service is OurAPI at all.
     Conflict,
     /// An equal resource exists, and it cannot be identified. Do not retry.
@@ -117,6 +119,7 @@ impl ErrorKind {
             Self::RateLimited { .. }
             | Self::Withheld
             | Self::NotFound(_)
+            | Self::Denied
             | Self::Conflict
             | Self::Ambiguous => Sign::Neither,
         }
@@ -280,6 +283,9 @@ impl ApiError {
                 api.url_setting()
             ),
             ErrorKind::NotFound(resource) => format!("{api} does not know the {resource}"),
+            ErrorKind::Denied => {
+                format!("{api} denies it; it is asked again before that is believed")
+            }
             ErrorKind::Conflict => format!("{api} has an equal one already"),
             ErrorKind::Ambiguous => format!(
                 "{api} has an agent with this name or address already, and its lists do not show which"

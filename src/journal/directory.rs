@@ -8,10 +8,27 @@ use super::queue::uuid;
 use super::{Result, Store};
 use crate::domain::event::Event;
 use crate::domain::ids::{AdvisorId, Epoch};
+use crate::domain::named::named;
 use crate::domain::time::{Millis, Timestamp};
 
 /// For how many minutes a loss is recent.
 pub(super) const LOSS_MINUTES: i64 = 60;
+
+/// How many denials are believed. A few may be passing: of an instance that lags behind the others at the same address,
+/// or of another service that answers for a while.
+pub(super) const BELIEVED_DENIALS: u32 = 3;
+
+named! {
+    /// What an API denies: "no" is its answer.
+    Denial {
+        /// BigChat does not know the conversation.
+        Conversation = "conversation",
+        /// BigChat does not know the advisor, or has no usable record.
+        Advisor = "advisor",
+        /// OurAPI does not accept the advisor's agent.
+        Agent = "agent",
+    }
+}
 
 /// A conversation whose start time shows whether BigChat has restarted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -160,6 +177,29 @@ impl Store {
         }))
     }
 
+    /// Counts a denial, and returns whether it is believed: it was repeated, with at least a poll interval in between.
+    pub fn is_denied(
+        &mut self,
+        epoch: Epoch,
+        what: Denial,
+        bigchat_id: i64,
+        now: Millis,
+    ) -> Result<bool> {
+        Ok(self
+            .connection
+            .prepare_cached(
+                "INSERT INTO denials (epoch, what, bigchat_id, count, counted_at)
+                 VALUES (?1, ?2, ?3, 1, ?4)
+                 ON CONFLICT DO UPDATE SET (count, counted_at) = (SELECT count + is_apart, iif(is_apart, ?4, counted_at)
+                    FROM (SELECT abs(?4 - counted_at) >= 1000 * poll_interval AS is_apart FROM control))
+                 RETURNING count >= ?5",
+            )?
+            .query_row(
+                params![epoch, what, bigchat_id, now, BELIEVED_DENIALS],
+                |row| row.get(0),
+            )?)
+    }
+
     /// Records the answer for an advisor.
     pub fn record_advisor(
         &mut self,
@@ -171,6 +211,13 @@ impl Store {
             KnownAdvisor::Person { name, email } => (Some(name), Some(email)),
             KnownAdvisor::Gone => (None, None),
         };
+        if name.is_some() {
+            self.connection
+                .prepare_cached(
+                    "DELETE FROM denials WHERE epoch = ?1 AND what = ?2 AND bigchat_id = ?3",
+                )?
+                .execute(params![epoch, Denial::Advisor, bigchat_id])?;
+        }
         self.connection
             .prepare_cached("INSERT OR REPLACE INTO advisors (epoch, bigchat_id, name, email) VALUES (?1, ?2, ?3, ?4)")?
             .execute(params![epoch, bigchat_id, name, email])?;
@@ -205,6 +252,14 @@ impl Store {
             KnownAgent::Agent(id) => Some(id.to_string()),
             KnownAgent::Refused => None,
         };
+        if id.is_some() {
+            self.connection
+                .prepare_cached(
+                    "DELETE FROM denials WHERE what = ?2 AND EXISTS (SELECT 1 FROM advisors v
+                        WHERE v.epoch = denials.epoch AND v.bigchat_id = denials.bigchat_id AND v.email = ?1)",
+                )?
+                .execute(params![email, Denial::Agent])?;
+        }
         self.connection
             .prepare_cached(
                 "INSERT OR REPLACE INTO agents (email, spelled, agent_id)
@@ -268,6 +323,17 @@ impl Store {
         )?;
         Ok(())
     }
+}
+
+/// Forgets which advisors BigChat denies, and which agents OurAPI does, so that they are asked again. A single denial is
+/// then believed. An advisor of an earlier epoch stays unknown.
+pub(super) fn forget_denials(connection: &Connection) -> Result<()> {
+    connection.execute("DELETE FROM agents WHERE agent_id IS NULL", [])?;
+    connection.execute(
+        "DELETE FROM advisors WHERE name IS NULL AND epoch = (SELECT max(id) FROM epochs)",
+        [],
+    )?;
+    Ok(())
 }
 
 fn record_details(

@@ -52,7 +52,7 @@ pub use console::{
 pub use dead_letters::{
     FailedAttempt, FailedEvent, Operator, PastResolution, Reason, Resolution, Resolved, Selection,
 };
-pub use directory::{FirstConversation, KnownAdvisor, KnownAgent, Probe};
+pub use directory::{Denial, FirstConversation, KnownAdvisor, KnownAgent, Probe};
 pub use error::OpenError;
 pub use export::{Exported, Position};
 pub use forget::Forgotten;
@@ -60,7 +60,9 @@ pub use inbox::{Ingested, NewPage, PollInProgress, PollProgress, PollState, Stor
 pub use queue::{ClaimRequest, Claimed};
 pub use retention::Pruned;
 pub use sessions::{Intervals, LastEnd, ReplayUntil, Session};
-pub use status::{DeliveryTimes, DifferingChat, Figures, Gap, Group, Oldest, Verification};
+pub use status::{
+    DeliveryTimes, DifferingChat, Figures, Gap, Group, Oldest, Verification, WithoutAgent,
+};
 pub use storage::{Refusal, Storage};
 pub use verification::{Difference, Scope, VerificationProgress};
 

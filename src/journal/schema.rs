@@ -21,6 +21,7 @@ const APPLICATION_ID_0_1: i32 = 0x4243_5359;
 const MIGRATIONS: &[&str] = &[
     include_str!("../../migrations/0001_journal.sql"),
     include_str!("../../migrations/0002_retried_at.sql"),
+    include_str!("../../migrations/0003_denials.sql"),
 ];
 
 /// How long a statement waits for another process (a command, a backup). It is short, because the daemon tries again

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use rusqlite::{Connection, params};
 
+use super::directory::forget_denials;
 use super::{Result, Store, pause};
 use crate::domain::ids::{Epoch, EventId};
 use crate::domain::pause::Pause;
@@ -76,8 +77,7 @@ impl Store {
         let last_end = last_end(&transaction)?;
         let (pause, _) = pause::latest(&transaction)?;
         // OurAPI or BigChat may have been repaired since.
-        transaction.execute("DELETE FROM agents WHERE agent_id IS NULL", [])?;
-        transaction.execute("DELETE FROM advisors WHERE name IS NULL", [])?;
+        forget_denials(&transaction)?;
         // Waiting events are read back anyway.
         transaction.execute("DELETE FROM credits", [])?;
         let session = transaction.query_row(

@@ -8,12 +8,12 @@ use serde::Serialize;
 
 use super::activity::minute;
 use super::dead_letters::{count_open, is_permanent};
-use super::directory::LOSS_MINUTES;
+use super::directory::{BELIEVED_DENIALS, Denial, LOSS_MINUTES};
 use super::file::DatabaseFile;
 use super::queue::count_waiting;
 use super::verification::{latest_pass, left};
 use super::{Result, Store, api_status, count, pause, unsigned};
-use crate::domain::ids::{ConversationId, EventId};
+use crate::domain::ids::{AdvisorId, ConversationId, EventId};
 use crate::domain::pause::Pause;
 use crate::domain::time::{Millis, Timestamp};
 use crate::http::{Api, ApiStatus};
@@ -32,6 +32,9 @@ const GROUPS: u32 = 100;
 
 /// The maximum number of differing chats shown.
 const DIFFERING: u32 = 10;
+
+/// The maximum number of advisors shown of each reason.
+const ADVISORS: usize = 10;
 
 /// The maximum number of gaps shown.
 const GAPS: u32 = 10;
@@ -114,6 +117,16 @@ pub struct DifferingChat {
     pub missing: Option<String>,
 }
 
+/// Advisors of the current epoch without an agent, for one reason.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct WithoutAgent {
+    /// What is denied: the advisor, by BigChat, or the agent, by OurAPI.
+    pub denied: Denial,
+    pub count: u64,
+    /// The first of them.
+    pub advisors: Vec<AdvisorId>,
+}
+
 /// The journal's figures.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Figures {
@@ -167,6 +180,8 @@ pub struct Figures {
     pub incomplete: u64,
     /// Some of these chats.
     pub differing: Vec<DifferingChat>,
+    /// The advisors without an agent, whose chats have none either.
+    pub without_agent: Vec<WithoutAgent>,
     /// How many times OurAPI was found to have lost data.
     pub losses: u64,
     /// How many times within the last hour.
@@ -240,6 +255,7 @@ impl Store {
             drifted,
             incomplete,
             differing: differing(&transaction)?,
+            without_agent: without_agent(&transaction)?,
             losses,
             recent_losses,
             restarts,
@@ -355,6 +371,28 @@ fn differing(connection: &Connection) -> Result<Vec<DifferingChat>> {
         })
     })?;
     Ok(differing.collect::<rusqlite::Result<_>>()?)
+}
+
+fn without_agent(connection: &Connection) -> Result<Vec<WithoutAgent>> {
+    let mut all = Vec::new();
+    for denied in [Denial::Advisor, Denial::Agent] {
+        let mut statement = connection.prepare_cached(
+            "SELECT bigchat_id FROM denials
+             WHERE what = ?1 AND count >= ?2 AND epoch = (SELECT max(id) FROM epochs) ORDER BY bigchat_id",
+        )?;
+        let advisors = statement.query_map(params![denied, BELIEVED_DENIALS], |row| row.get(0))?;
+        let mut advisors: Vec<AdvisorId> = advisors.collect::<rusqlite::Result<_>>()?;
+        if !advisors.is_empty() {
+            let count = advisors.len() as u64;
+            advisors.truncate(ADVISORS);
+            all.push(WithoutAgent {
+                denied,
+                count,
+                advisors,
+            });
+        }
+    }
+    Ok(all)
 }
 
 fn groups(connection: &Connection) -> Result<Vec<Group>> {

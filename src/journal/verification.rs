@@ -11,6 +11,7 @@ use std::time::Duration;
 use rusqlite::types::Type;
 use rusqlite::{Connection, OptionalExtension, params};
 
+use super::directory::forget_denials;
 use super::queue::{ClaimRequest, Loading, load_chat};
 use super::{JournalError, Result, Store, count, limit, unsigned};
 use crate::domain::ids::{ConversationId, VerificationId};
@@ -143,6 +144,9 @@ impl Store {
         if left(&transaction, verification, conversation)? == 0 {
             return Ok(None);
         }
+        if repair {
+            forget_denials(&transaction)?;
+        }
         transaction.commit()?;
         Ok(Some(verification))
     }
@@ -251,6 +255,7 @@ impl Store {
     fn begin_pass(&mut self, is_first: bool, now: Millis) -> Result<Pass> {
         let transaction = self.begin()?;
         transaction.execute("DELETE FROM verifications WHERE idle", [])?;
+        forget_denials(&transaction)?;
         let ended_at = is_first.then_some(now);
         let id = transaction.query_row(
             "INSERT INTO verifications (idle, requested_at, ended_at, repair, last_event)

@@ -40,6 +40,7 @@ impl Reconciliation {
         self.conversation.observed = observed.await.map_err(failed)?;
         result.missing.messages = count(&accounting.missing);
         let (missing, drift) = (result.missing, result.drift);
+        let lacks_agent = self.lacks_agent(drift);
         let differs = result != VerificationResult::default();
         self.verified(verify, result);
         if verify.is_idle {
@@ -47,7 +48,7 @@ impl Reconciliation {
         }
         let is_left = match verify.mode {
             VerifyMode::Report => true,
-            VerifyMode::Restore => missing.is_none(),
+            VerifyMode::Restore => missing.is_none() && !lacks_agent,
             VerifyMode::Overwrite => false,
         };
         if is_left {
@@ -56,7 +57,7 @@ impl Reconciliation {
         if differs {
             self.worker.metrics.chat_differed();
         }
-        if verify.is_idle {
+        if verify.is_idle && !missing.is_none() {
             tracing::error!(
                 conversation = self.conversation.bigchat_id, chat = %found.chat_id, %missing,
                 "OurAPI has lost a part of a chat; it is sent again"
@@ -189,7 +190,18 @@ impl Reconciliation {
             self.worker.agents.forget_if_lost(gone).await?;
             (after.agent, after.advisor) = (found.agent_id, None);
         }
+        if self.lacks_agent(result.drift) {
+            after.advisor = None;
+        }
         Ok(after)
+    }
+
+    /// Whether the chat has no agent, because BigChat denied the advisor, or OurAPI the agent. Both are asked again.
+    fn lacks_agent(&self, drift: FieldSet) -> bool {
+        let Conversation {
+            desired, observed, ..
+        } = &self.conversation;
+        observed.agent.is_none() && desired.advisor().is_some() && !drift.agent
     }
 }
 

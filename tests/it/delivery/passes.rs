@@ -488,8 +488,9 @@ async fn gone_agent_and_gone_advisor() {
         t.our_api.has_agent("b9", "Bob", "bob@x.test");
         t.bigchat.forgets_advisor(7);
         t.bigchat.open(42, 0, 7);
-        t.bigchat.reports([start(42, 0)]);
-        t.once().await;
+        let daemon = t.start();
+        t.delivers([start(42, 0)]).await;
+        daemon.stop().await;
         another_client_changes(t, "42", &json!({"agent_id": id("b9")})).await;
         t.our_api.loses_agent("bob@x.test");
         pass_is_due(t);
@@ -504,6 +505,63 @@ async fn gone_agent_and_gone_advisor() {
         make_a_pass(t).await;
         assert_eq!(writes(&t.our_api.asked()), NO_WRITES);
     })
+    .await;
+}
+
+/// If BigChat denies an advisor, or OurAPI the agent, nothing but the agent is missing. `status` names the advisor, and
+/// the next pass sets the agent. Until then the cost of an event does not rise.
+#[tokio::test]
+async fn denied_advisor_has_an_agent_after_the_next_pass() {
+    let (advisor, agent) = ("GET /advisors/7", "POST /agents");
+    let record = |body| status(200).body(body).always();
+    side_by_side(
+        [
+            ("advisor", advisor, status(404).always()),
+            ("advisor", advisor, record(r#"{"name":"Ann"}"#)),
+            (
+                "advisor",
+                advisor,
+                record(r#"{"name":"Ann","email_address":7}"#),
+            ),
+            ("agent", agent, status(422).always()),
+            ("agent", agent, status(409).body("{}").always()),
+        ],
+        async |(denied, route, upset)| {
+            run_test(async |t| {
+                match denied {
+                    "agent" => t.our_api.upset(route, upset),
+                    _ => t.bigchat.upset(route, upset),
+                }
+                let daemon = t.start();
+                t.delivers([start(42, 0), message(42, 1, "hello")]).await;
+                t.delivers([start(43, 1)]).await;
+                assert_eq!(t.our_api.chats(), ["42 22:00:00 - -", "43 22:00:01 - -"]);
+                let asked = t.bigchat.count(advisor);
+                assert_eq!(asked, if denied == "agent" { 1 } else { 3 });
+                for api in Api::ALL {
+                    assert_eq!(t.is_up(api), Some(true), "{api}");
+                }
+                let (shown, _) = t.status();
+                let named = json!([{"denied": denied, "count": 1, "advisors": [7]}]);
+                assert_eq!(shown["without_agent"], named);
+                let text = t.program("status").output().expect("a process").stdout;
+                let line = String::from_utf8_lossy(&text).into_owned();
+                assert!(line.contains("no agent      1 advisor who"), "{line}");
+                daemon.stop().await;
+                make_a_pass(t).await;
+                assert_eq!(t.status().0["without_agent"], named, "one is enough now");
+                t.bigchat.calm();
+                t.our_api.calm();
+                make_a_pass(t).await;
+                assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1", "43 22:00:01 - a1"]);
+                assert_eq!(t.status().0["without_agent"], json!([]));
+                t.our_api.asked();
+                make_a_pass(t).await;
+                assert_eq!(writes(&t.our_api.asked()), NO_WRITES);
+            })
+            .await;
+        },
+    )
     .await;
 }
 

@@ -43,7 +43,7 @@ impl Case {
             Self::MessageRefused => "OurAPI permanently rejects an event",
             Self::MessageFailsAgain => "delivery failed",
             Self::OurApiDown | Self::OurApiDenies => "OurAPI is down",
-            Self::AgentRefused => "OurAPI permanently rejects an agent",
+            Self::AgentRefused => "OurAPI does not accept an agent",
             Self::BigChatUnusable => "BigChat is down",
         }
     }
