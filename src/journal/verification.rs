@@ -190,6 +190,20 @@ impl Store {
         })
     }
 
+    /// Whether an event of the conversation was delivered since then.
+    pub fn was_delivered_since(
+        &mut self,
+        conversation: ConversationId,
+        since: Millis,
+    ) -> Result<bool> {
+        Ok(self
+            .connection
+            .prepare_cached(
+                "SELECT EXISTS (SELECT 1 FROM deliveries WHERE conversation = ?1 AND delivered_at > ?2)",
+            )?
+            .query_row(params![conversation, since], |row| row.get(0))?)
+    }
+
     /// The chats that differ from their events, in order of arrival.
     pub fn differences(
         &mut self,

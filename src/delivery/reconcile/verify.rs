@@ -1,5 +1,8 @@
 //! Verification: a chat of a conversation without work is compared with the journal.
 
+use std::time::Duration;
+
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -11,7 +14,11 @@ use crate::domain::conversation::{Conversation, FieldSet, Fields, Observed};
 use crate::domain::progress::{
     FieldDifference, Missing, Observation, VerificationResult, Verified, Verify, VerifyMode,
 };
+use crate::domain::time::Millis;
 use crate::our_api;
+
+/// How long OurAPI's reads may lag behind its writes, if several instances share its data.
+const LAG: Duration = Duration::from_secs(2);
 
 impl Reconciliation {
     /// Compares the chat with the journal, and restores or overwrites as the mode allows.
@@ -33,7 +40,16 @@ impl Reconciliation {
             return Ok(());
         }
         let recorded = self.recorded().await.map_err(failed)?;
-        let accounting = account::account(held, &recorded);
+        let mut accounting = account::account(held, &recorded);
+        if !accounting.missing.is_empty() && self.was_just_delivered().await.map_err(failed)? {
+            tokio::select! {
+                () = sleep(LAG) => {}
+                () = give_way.cancelled() => return Ok(()),
+                () = self.worker.stopping.cancelled() => return Ok(()),
+            }
+            let held = self.held(found.chat_id, None).await?;
+            accounting = account::account(held, &recorded);
+        }
         let compared = self.compare_fields(&found).await;
         let (merged, mut result) = compared.map_err(failed)?;
         let observed = self.observed_after(verify.mode, &found, merged, &result);
@@ -65,6 +81,16 @@ impl Reconciliation {
         }
         self.observation = Observation::Read(Some(accounting));
         Ok(())
+    }
+
+    /// Whether an event was delivered so recently that a read may not show it yet.
+    async fn was_just_delivered(&self) -> Result<bool, AttemptError> {
+        let (id, since) = (self.conversation.id, Millis::now().minus(LAG));
+        let latest = self
+            .worker
+            .journal
+            .with(move |store| store.was_delivered_since(id, since));
+        Ok(latest.await?)
     }
 
     async fn verify_gone(&mut self, verify: Verify) -> Result<(), AttemptError> {

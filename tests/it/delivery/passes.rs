@@ -508,6 +508,20 @@ async fn gone_agent_and_gone_advisor() {
     .await;
 }
 
+/// OurAPI may not show a message yet that was just delivered.
+#[tokio::test]
+async fn read_that_lags_behind() {
+    run_test(async |t| {
+        delivered(t, 42..43).await;
+        let read = "GET /chats/c1/messages";
+        t.our_api.upset(read, status(200).body("[]"));
+        make_a_pass(t).await;
+        assert_eq!(t.our_api.count(read), 2);
+        assert_eq!(writes(&t.our_api.asked()), NO_WRITES);
+    })
+    .await;
+}
+
 /// If BigChat denies an advisor, or OurAPI the agent, nothing but the agent is missing. `status` names the advisor, and
 /// the next pass sets the agent. Until then the cost of an event does not rise.
 #[tokio::test]
