@@ -101,7 +101,7 @@ async fn conversation_shows_event_states() {
             "chat created at 20",
             "message added at 20",
             "\n    Hello\u{fffd}there\n",
-            " failed attempts, the last one: OurAPI",
+            ", the last one: OurAPI gave no usable answer",
             "; next at 20",
         ] {
             assert!(text.contains(part), "{part}: {text}");

@@ -29,7 +29,7 @@ fn documents_recommend_no_second_daemon() {
     let sizing = words(sizing.expect("a section on sizing"));
     for part in [
         "concurrent requests corrupt it within a minute",
-        "A `once` or `verify` with another `--db`",
+        "With a `--db` other than the daemon's, `once` and `verify` cannot detect the daemon",
     ] {
         assert!(sizing.contains(part), "{part}");
     }
