@@ -22,7 +22,7 @@ use self::service::SystemdNotifier;
 use self::summary::Summary;
 use crate::bigchat::{BigChat, Source};
 use crate::console::{self, Listener};
-use crate::delivery::{self, Task};
+use crate::delivery::{self, RunMode};
 use crate::domain::time::Millis;
 use crate::http::{Api, Apis, Http, Network, Transport};
 use crate::journal::{Intervals, Journal, JournalError, OpenError, STORAGE_PAUSE, Store};
@@ -193,7 +193,7 @@ pub(crate) async fn poll_and_deliver(parts: &Parts) -> Result<(), DaemonError> {
     let polling = until_stopped(parts, poller.run());
     let delivering = async {
         caught_up(parts).await;
-        parts.delivery().run(Task::All).await;
+        parts.delivery().run(RunMode::All).await;
     };
     let liveness = &parts.liveness;
     tokio::join!(
@@ -219,7 +219,7 @@ pub async fn once(
     let work = async {
         let mut poller = parts.poller();
         let up_to_date = until_stopped(&parts, poller.catch_up()).await;
-        parts.delivery().run(Task::Once).await;
+        parts.delivery().run(RunMode::Once).await;
         stopped(&parts, &poller).await?;
         if parts.stopping.is_cancelled() {
             return Ok(());
@@ -268,12 +268,12 @@ pub async fn verify(
 ) -> Result<(), DaemonError> {
     let parts = start(settings, tokens, stopping).await?;
     let work = async {
-        let task = if verifications_only {
-            Task::Verifications
+        let mode = if verifications_only {
+            RunMode::Verifications
         } else {
-            Task::Requested
+            RunMode::Requested
         };
-        parts.delivery().run(task).await;
+        parts.delivery().run(mode).await;
     };
     health::record(&parts, alongside(changes::watch(&parts), Box::pin(work))).await;
     Ok(())

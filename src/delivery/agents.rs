@@ -1,4 +1,4 @@
-//! The agent of an advisor: found by e-mail address, created if there is none.
+//! The agent of an advisor: found by e-mail address, or created if there is none.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -24,13 +24,13 @@ pub(super) struct Agents {
     /// Whether a lost agent is created again before an event needs it.
     rebuild: bool,
     cache: Mutex<Cache>,
-    /// Whether an agent is gone, by the id of a verification and the agent.
+    /// Whether an agent is gone, by verification and agent.
     verified: Mutex<HashMap<(VerificationId, Uuid), bool>>,
     /// Held during a search and creation, so that two conversations do not create the same agent.
     creating: tokio::sync::Mutex<()>,
 }
 
-/// What is known of OurAPI's agents since its last loss. A response requested before a loss is not cached after it.
+/// What is known about OurAPI's agents since its last loss. A response requested before a loss is not cached after it.
 #[derive(Debug, Default)]
 struct Cache {
     /// The loss counter of OurAPI.
@@ -68,7 +68,7 @@ impl Agents {
         lock(&self.cache).losses
     }
 
-    /// Records that OurAPI has lost data, so that everything else is verified before it is used.
+    /// Records that OurAPI has lost data, so that all other data is verified before it is used.
     pub(super) async fn record_loss(&self) -> Result<(), JournalError> {
         let losses = self
             .journal
@@ -84,7 +84,8 @@ impl Agents {
         lock(&self.cache).clear();
     }
 
-    /// The agent of an advisor; `None` if BigChat denies the advisor or OurAPI the agent. The next pass asks again.
+    /// The agent of an advisor; `None` if BigChat denies the advisor, or OurAPI denies the agent. The next pass asks
+    /// again.
     pub(super) async fn resolve(
         &self,
         epoch: Epoch,
@@ -145,7 +146,7 @@ impl Agents {
                         let failure = error.logged();
                         tracing::warn!(
                             %advisor, reason = failure.reason, request = failure.request, response = failure.response,
-                            "OurAPI does not accept an agent; its chats have none until the next pass asks again"
+                            "OurAPI does not accept an agent; the advisor's chats have no agent until the next pass asks again"
                         );
                         KnownAgent::Refused
                     }
@@ -166,9 +167,8 @@ impl Agents {
         })
     }
 
-    /// The agent of an e-mail address. Which addresses or names are equal is up to OurAPI: it may compare, and store,
-    /// case, accents, normal forms and domains in its own way. If it refuses to create an agent, its lists identify the
-    /// existing one.
+    /// The agent of an e-mail address. OurAPI decides which addresses or names are equal: it may treat case, accents,
+    /// normal forms and domains in its own way. If it refuses to create an agent, its lists identify the existing one.
     async fn find_or_create(&self, person: Person<'_>) -> Result<Agent, AttemptError> {
         let Person {
             advisor,
@@ -228,18 +228,18 @@ impl Agents {
             Err(error) if error.kind == ErrorKind::Conflict => error,
             Err(error) => return Err(error.into()),
         };
-        // A request of ours that timed out earlier may have been carried out meanwhile.
+        // An earlier creation that timed out may have been carried out meanwhile.
         let mut listed = our_api.agents_by_email(email).await?;
         if let Some(agent) = choose(alike(listed.clone(), email), advisor, name) {
             return Ok(Creation::Found(agent));
         }
-        // OurAPI may list every address that contains this one. A longer address is another person's.
+        // OurAPI may list every address that contains this one, but a longer address belongs to another person.
         let address = email.to_lowercase();
         listed.retain(|agent| !agent.email.to_lowercase().contains(&address));
         let namesakes = our_api.agents_by_name(name).await?;
         let is_named = namesakes.iter().any(|agent| is_alike(&agent.name, name));
         if !is_named && listed.is_empty() {
-            // OurAPI answers 500, too, if the name or the address is taken. Neither is, so this one was an outage.
+            // OurAPI also answers 500 if the name or the address is taken. Neither is, so this 500 was an outage.
             let is_outage = error
                 .exchange
                 .status
@@ -249,13 +249,14 @@ impl Agents {
                 let http = our_api.http();
                 return Err(http.reclassify(error, Route::CreateAgent, kind).into());
             }
-            // Only if it is repeated, a namesake that OurAPI does not list may be the reason.
+            // Only if the refusal is repeated, the reason may be a namesake that OurAPI does not list.
             if !self.is_refused(person).await? {
                 return Err(error.with_kind(ErrorKind::Denied).into());
             }
         }
-        // If one agent alone has both the address and the name, it is the one to use. So is an agent that alone has the
-        // address, if no agent has the name. Otherwise the name may be taken by a namesake, and another name may help.
+        // If exactly one agent has both the address and the name, it is the one to use. If no agent has the name, and
+        // exactly one has the address, it is the one to use. Otherwise the name may be taken by a namesake, and another
+        // name may help.
         let both: Vec<Agent> = listed
             .iter()
             .filter(|agent| namesakes.contains(agent))
@@ -277,12 +278,12 @@ impl Agents {
             .await
     }
 
-    /// Handles a response that an agent does not exist. If OurAPI's list confirms it, the agent is created again when
-    /// it is needed. With `--rebuild auto`, everything else is verified before it is used.
+    /// Handles a not-found response for an agent. If OurAPI's list confirms the loss, the agent is created again when
+    /// it is needed. With `--rebuild auto`, all other data is verified before it is used.
     pub(super) async fn missing(&self, agent: Option<Uuid>, error: ApiError) -> AttemptError {
         match self.forget_if_lost(agent).await {
             Ok(true) => AttemptError::DataLost("OurAPI has lost an agent"),
-            // The agent exists, or there was none; another attempt may succeed.
+            // The agent exists, or none was written; another attempt may succeed.
             Ok(false) => error.into(),
             Err(error) => error,
         }
@@ -304,13 +305,13 @@ impl Agents {
         Ok(gone)
     }
 
-    /// Whether OurAPI no longer has an agent: a single 404 is not believed.
+    /// Whether OurAPI no longer has an agent. A single not-found response is not believed.
     pub(super) async fn is_gone(&self, agent: Uuid) -> Result<bool, AttemptError> {
         let is_there = match self.email_of(agent).await? {
             Some(email) => {
                 self.exists(agent, &email).await? || self.our_api.has_agent(agent).await?
             }
-            // Another client has set it, or it was written before OurAPI lost data.
+            // Another client has set the agent, or the daemon wrote it before OurAPI lost data.
             None => {
                 self.our_api.has_agent(agent).await? || {
                     let agents = self.our_api.agents().await?;
@@ -350,7 +351,8 @@ impl Agents {
     pub(super) async fn forget_if_lost(&self, agent: Option<Uuid>) -> Result<bool, AttemptError> {
         let Some(agent) = agent else { return Ok(false) };
         let Some(email) = self.email_of(agent).await? else {
-            // Another conversation has reported the loss, or another client set an agent that the daemon does not know.
+            // The loss was reported for another conversation already, or another client set an agent that the daemon
+            // does not know.
             self.forget();
             return Ok(true);
         };
@@ -381,7 +383,7 @@ struct Person<'a> {
 
 enum Creation {
     Created(Agent),
-    /// There was one already.
+    /// The agent existed already.
     Found(Agent),
     Taken(Taken),
 }
@@ -395,7 +397,7 @@ struct Taken {
     error: ApiError,
 }
 
-/// The agents with exactly this e-mail address, else those that differ only in case.
+/// The agents with exactly this e-mail address, or else those whose address differs only in case.
 fn alike(agents: Vec<Agent>, email: &str) -> Vec<Agent> {
     let (exact, others): (Vec<_>, Vec<_>) =
         agents.into_iter().partition(|agent| agent.email == email);
@@ -407,7 +409,7 @@ fn alike(agents: Vec<Agent>, email: &str) -> Vec<Agent> {
     alike
 }
 
-/// Of several agents, the one whose name matches, else the first by id: always the same one.
+/// Chooses the agent whose name matches, or else the first by id, so that the choice is always the same.
 fn choose(mut agents: Vec<Agent>, advisor: AdvisorId, name: &str) -> Option<Agent> {
     if agents.len() > 1 {
         tracing::warn!(%advisor, agents = agents.len(), "several agents have the e-mail address");

@@ -49,12 +49,12 @@ impl From<ApiError> for AttemptError {
 }
 
 impl AttemptError {
-    /// OurAPI will never accept the event. The rejection of a read does not count.
+    /// Whether OurAPI will never accept the event. The rejection of a read does not count.
     pub fn is_rejection(&self) -> bool {
         matches!(self, Self::Write(error) if error.kind == ErrorKind::Rejected)
     }
 
-    /// The event may have been delivered.
+    /// Whether the event may have been delivered.
     pub fn outcome_unknown(&self) -> bool {
         match self {
             Self::Write(error) => error.kind.outcome_unknown(),
@@ -63,12 +63,12 @@ impl AttemptError {
         }
     }
 
-    /// OurAPI may still carry out the request.
+    /// Whether OurAPI may still carry out the request.
     pub(super) fn is_timeout(&self) -> bool {
         matches!(self, Self::Write(error) if error.kind.timed_out())
     }
 
-    /// A request failed.
+    /// Whether a request failed.
     pub(super) fn is_of_api(&self) -> bool {
         matches!(self, Self::Read(_) | Self::Write(_))
     }
@@ -77,12 +77,12 @@ impl AttemptError {
         matches!(self, Self::Read(error) if error.kind == ErrorKind::Denied)
     }
 
-    /// No request was made. The event is unchanged.
+    /// Whether no request was made. The event is then unchanged.
     pub(super) fn is_withheld(&self) -> bool {
         matches!(self, Self::Read(error) | Self::Write(error) if error.kind == ErrorKind::Withheld)
     }
 
-    /// A request to BigChat failed.
+    /// Whether a request to BigChat failed.
     pub(super) fn is_of_bigchat(&self) -> bool {
         matches!(self, Self::Read(error) if error.api == Api::BigChat)
     }
@@ -114,7 +114,7 @@ impl AttemptError {
         match self {
             Self::Write(error) | Self::Read(error) => match (error.api, error.kind) {
                 (_, ErrorKind::RateLimited { .. } | ErrorKind::Denied) => false,
-                // A write that OurAPI accepts proves nothing about BigChat.
+                // A successful write to OurAPI proves nothing about BigChat.
                 (Api::BigChat, ErrorKind::Unauthorized) => false,
                 (Api::BigChat, _) => !bigchat_is_failing,
                 (Api::OurApi, _) => true,
@@ -132,7 +132,7 @@ pub(super) struct Circumstances {
     pub(super) bigchat_is_failing: bool,
     /// The end of BigChat's rate limit.
     pub(super) bigchat_retry_after: Option<Millis>,
-    /// After a time-out, the request may be in flight for as long again.
+    /// After a time-out, the request may still be in flight for as long again.
     pub(super) request_timeout: Duration,
     /// Denials in shorter succession count once.
     pub(super) poll_interval: Duration,

@@ -12,7 +12,7 @@ use crate::http::route::Route;
 use crate::http::{ErrorKind, Resource};
 use crate::our_api::{self, NewChat};
 
-/// Reads the conversation's details before its chat is created, unless its events have both start and advisor.
+/// Reads the conversation's details before its chat is created, unless its events give both the start and the advisor.
 pub(super) async fn read_details(
     worker: &Worker,
     conversation: &mut Conversation,
@@ -32,8 +32,8 @@ pub(super) async fn read_details(
     Ok(())
 }
 
-/// The desired fields of the chat. `changes` are folded into `desired` already; `earliest` is the earliest time of all
-/// claimed events; `agent_removed`: another client has changed the agent, so a chat without one stays without.
+/// The desired fields of the chat. `changes` are already folded into `desired`. `earliest` is the earliest time of all
+/// claimed events. `agent_removed`: another client has changed the agent, so a chat without an agent stays without one.
 pub(super) async fn fields(
     worker: &Worker,
     conversation: &Conversation,
@@ -45,7 +45,7 @@ pub(super) async fn fields(
     let observed = &conversation.observed;
     let started_at = match (desired.started_at, observed.started_at) {
         (Some(started_at), _) => started_at,
-        // The start is the earliest event.
+        // Without a START, the chat starts with the earliest event.
         (None, Some(before)) => earliest.map_or(before, |earliest| before.min(earliest)),
         (None, None) => {
             let id = conversation.id;
@@ -61,7 +61,7 @@ pub(super) async fn fields(
         }
     };
     // Another client, or a newer copy of the journal, may have changed the agent meanwhile. The agent of a new TRANSFER
-    // is written anyway.
+    // is written in any case.
     let latest = desired.transfer.map(|transfer| transfer.event);
     let is_named = changes.iter().any(|event| Some(event.id) == latest);
     let is_settled = observed.agent.is_some() || observed.chat.is_some() && agent_removed;
@@ -84,9 +84,9 @@ pub(super) enum Created {
     Adopted(Uuid),
 }
 
-/// Creates the chat with these fields, or adopts the existing one. If neither a START nor the details give its start,
-/// the first intended start is used again: the chat may have been created with it already, and nothing else identifies
-/// it.
+/// Creates the chat with these fields, or adopts the existing one. If neither a START nor the details give the start,
+/// the first intended start is used again: the chat may already have been created with it, and nothing else identifies
+/// the chat.
 pub(super) async fn create(
     worker: &Worker,
     conversation: &mut Conversation,
@@ -129,7 +129,7 @@ pub(super) async fn create(
             _ => return Err(AttemptError::Write(error)),
         }
         match worker.our_api.chat(&external_id).await? {
-            // The external id is taken but not listed, so the service does not behave like OurAPI.
+            // The external id is taken, but no listed chat has it, so the service does not behave like OurAPI.
             None => {
                 let http = worker.our_api.http();
                 let kind = ErrorKind::WrongService;
@@ -156,14 +156,14 @@ pub(super) async fn create(
     }
 }
 
-/// Whether the chat belongs to this conversation: its start is the conversation's, or the start with which the chat was
-/// created before the conversation's was known.
+/// Whether the chat belongs to this conversation: it has the conversation's start, or the start that was intended for
+/// it before the conversation's start was known.
 fn is_ours(conversation: &Conversation, fields: &Fields, found: &our_api::Chat) -> bool {
     found.started_at == fields.started_at
         || conversation.observed.started_at == Some(found.started_at)
 }
 
-/// Prefix and conversation id, with the start time if the id was used before.
+/// Chooses the external id: the prefix and the conversation id, with the start time if the id was used before.
 async fn choose_external_id(
     worker: &Worker,
     conversation: &mut Conversation,
@@ -201,8 +201,8 @@ fn with_start(worker: &Worker, conversation: &Conversation, started_at: Timestam
     format!("{}@{started_at}", plain(worker, conversation))
 }
 
-/// Stores the identity of a chat before the chat is created. After a lost response, an identity that cannot be derived
-/// again is known from nowhere else.
+/// Stores the identity of a chat before the chat is created. If the response is lost, an identity that cannot be
+/// derived again would otherwise be unknown.
 async fn record_intent(
     worker: &Worker,
     conversation: &mut Conversation,

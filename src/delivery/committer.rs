@@ -13,8 +13,8 @@ use crate::domain::progress::Ended;
 use crate::domain::time::Millis;
 use crate::journal::{Journal, JournalError, STORAGE_PAUSE, Storage};
 
-/// Maximum of claimed conversations: in progress, loaded ahead, or waiting for the commit of their reports. Enough that
-/// no worker waits for a commit of 20 ms.
+/// Maximum number of claimed conversations: in progress, loaded ahead, or waiting for the commit of their reports. It
+/// is so large that no worker waits for a commit of 20 ms.
 pub(super) const MAX_CLAIMED: usize = 1024;
 
 /// After a commit, the committer pauses for this many times its duration, so that reports that arrive meanwhile share
@@ -69,8 +69,8 @@ impl Committer {
         }
     }
 
-    /// Commits a batch, if possible in one transaction. If a row is at fault, halves find it, and the others are
-    /// committed without it.
+    /// Commits a batch, if possible in one transaction. If one report is at fault, it is found by bisection, and the
+    /// others are committed.
     async fn commit(&self, batch: Arc<Vec<Ended>>) -> Released {
         let mut released = Released::default();
         let mut rows = 0..batch.len();

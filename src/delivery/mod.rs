@@ -45,14 +45,14 @@ pub const DRAIN: Duration = Duration::from_secs(8);
 
 /// What is delivered and verified, and until when.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Task {
-    /// Everything, with a pass in idle time, until shutdown.
+pub enum RunMode {
+    /// Everything, including the pass in idle time, until shutdown.
     All,
     /// Everything until nothing is due, or nothing can be delivered now.
     Once,
     /// Events and requested verifications, until shutdown.
     Requested,
-    /// Requested verifications without events, until shutdown.
+    /// Requested verifications, but no events, until shutdown.
     Verifications,
 }
 
@@ -75,12 +75,12 @@ pub struct Delivery {
 impl Delivery {
     /// Delivers events, then records in the journal whether the end was clean: no request given up in flight, and all
     /// reports committed.
-    pub async fn run(self, task: Task) {
+    pub async fn run(self, mode: RunMode) {
         let (reports, reported) = mpsc::channel(committer::MAX_CLAIMED);
         let (release, released) = mpsc::unbounded_channel();
         let committer = Committer::new(&self);
         let worker = Arc::new(Worker::new(self));
-        let mut scheduler = Scheduler::new(Arc::clone(&worker), task, reports, released);
+        let mut scheduler = Scheduler::new(Arc::clone(&worker), mode, reports, released);
         let drained = CancellationToken::new();
         let deliver = async {
             scheduler.run().await;

@@ -1,4 +1,4 @@
-//! The report on a piece of work: the outcome of each event, and the log lines and metrics that follow from it.
+//! The report on a piece of work: the outcome of each event, with its log lines and metrics.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -104,7 +104,7 @@ impl Reporter {
         report
     }
 
-    /// A claim between two failed reads, with nothing to do, does not count as a read.
+    /// Ends the count of failed reads if the chat was read. A claim with nothing to do does not count as a read.
     fn nothing_failed(&mut self, report: &Report) {
         if report.observation != Observation::None || matches!(report.verified, Verified::Found(_))
         {
@@ -112,7 +112,7 @@ impl Reporter {
         }
     }
 
-    /// The work ended at an event.
+    /// Handles work that ended at an event.
     fn event_failed(
         &self,
         report: &mut Report,
@@ -148,7 +148,7 @@ impl Reporter {
         report.outcomes.push(EventOutcome::of(event, outcome));
     }
 
-    /// The work ended at the chat itself, which no waiting event needed.
+    /// Handles work that ended at the chat itself, without an event that needs it.
     fn chat_failed(&mut self, report: &mut Report, stopped: &Stopped, now: Millis) {
         let error = &stopped.error;
         let is_reading_messages = stopped.step == Step::ReadingMessages;
@@ -177,14 +177,14 @@ impl Reporter {
         }
     }
 
-    /// The chat's messages cannot be read, so it is verified by its fields.
+    /// The chat's messages cannot be read, so only its fields are verified.
     fn verified_by_fields(&self, report: &mut Report) {
         self.worker.record_unreadable(report.conversation.id);
         report.observation = Observation::Read(None);
     }
 
-    /// The chat's messages cannot be read, so it stays unknown which of the messages of unknown outcome OurAPI has. All
-    /// of them become dead letters.
+    /// The chat's messages cannot be read, so the messages of unknown outcome cannot be resolved. All of them become
+    /// dead letters.
     fn unreadable(
         &self,
         claim: &Claim,
@@ -264,7 +264,8 @@ impl Reporter {
                 );
             }
             _ => {
-                // The first failure, and the first that is the event's own. An outage is logged separately.
+                // Only the first failure is news, and the first that counts as the event's own. An outage is logged
+                // separately.
                 let is_news =
                     attempts.failed == 1 || event.attempts.counted == 0 && attempts.counted == 1;
                 log!(

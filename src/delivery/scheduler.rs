@@ -1,5 +1,5 @@
-//! The scheduler: hands out due conversations, never one that is already claimed. At most as many are in progress as
-//! requests may be in flight.
+//! The scheduler: hands out due conversations, never one that is already claimed. At most as many conversations are in
+//! progress as requests may be in flight.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::future::pending;
@@ -12,7 +12,7 @@ use tokio::task::{self, JoinError, JoinSet};
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use super::Task;
+use super::RunMode;
 use super::committer::{MAX_CLAIMED, Released};
 use super::reconcile::{Reconciliation, reconcile};
 use super::report::Reporter;
@@ -30,11 +30,11 @@ const AHEAD: usize = 256;
 /// How many bytes of message text are loaded ahead, so that memory stays bounded.
 const BYTES_AHEAD: usize = 2 << 20;
 
-/// After this time, work loaded ahead is loaded again, because its conversation may have been forgotten.
+/// Work loaded ahead is loaded again after this time, because its conversation may have been forgotten.
 const LOADED_FOR: Duration = Duration::from_secs(5);
 
 /// How often the journal is queried for due conversations even without a notification. A change of this machine's clock
-/// can make some due earlier than expected.
+/// can make some conversations due earlier than expected.
 const QUERY_EVERY: Duration = Duration::from_secs(10);
 
 /// After each verification in idle time, the next one waits for this many times its duration.
@@ -45,12 +45,12 @@ type Fetch = Pin<Box<dyn Future<Output = Fetched> + Send>>;
 /// The journal's response.
 struct Fetched {
     asked_at: Millis,
-    /// The request included the pass in idle time.
+    /// Whether the query included the pass in idle time.
     was_idle_time: bool,
     claimed: Result<Claimed, JournalError>,
 }
 
-/// The work of a task.
+/// What one Tokio task is working on.
 struct AtWork {
     conversation: ConversationId,
     events: Arc<[Pending]>,
@@ -62,16 +62,16 @@ struct AtWork {
 struct Pass {
     /// `None`: no chat is verified in idle time.
     settings: Option<IdlePass>,
-    /// The next verification does not begin before then.
+    /// The earliest time at which the next verification may begin.
     not_before: Instant,
-    /// When last asked, the journal had a chat to verify in idle time.
+    /// Whether the journal had a chat to verify in idle time when last queried.
     is_unfinished: bool,
     /// Cancelled when the verification in progress must give way to events.
     give_way: CancellationToken,
 }
 
 impl Pass {
-    /// Sets the pause after a verification that began at this time and has just ended.
+    /// Sets the pause after a verification that began at `began` and has just ended.
     fn ended(&mut self, began: Instant) {
         self.not_before = Instant::now() + began.elapsed() * IDLE_FACTOR;
     }
@@ -79,7 +79,7 @@ impl Pass {
 
 pub(super) struct Scheduler {
     worker: Arc<Worker>,
-    task: Task,
+    mode: RunMode,
     /// Claimed work that has not been started, each with the time of loading.
     ready: VecDeque<(Instant, Work)>,
     /// Claimed: ready, in progress, or reported and not committed yet.
@@ -88,12 +88,12 @@ pub(super) struct Scheduler {
     tasks: HashMap<task::Id, AtWork>,
     /// How many conversations stay claimed until the next start, because their reports cannot be committed.
     set_aside: usize,
-    /// A write of the conversation timed out and may be carried out until this time.
+    /// Conversations of which a write timed out, and the time until which the write may be carried out.
     timed_out: HashMap<ConversationId, Instant>,
     reports: mpsc::Sender<Ended>,
     released: mpsc::UnboundedReceiver<Released>,
     fetch: Option<Fetch>,
-    /// There may be a due conversation that is not claimed.
+    /// Whether there may be a due conversation that is not claimed.
     may_be_due: bool,
     /// The time until the next query without a notification.
     query_in: Duration,
@@ -105,7 +105,7 @@ pub(super) struct Scheduler {
 impl Scheduler {
     pub(super) fn new(
         worker: Arc<Worker>,
-        task: Task,
+        mode: RunMode,
         reports: mpsc::Sender<Ended>,
         released: mpsc::UnboundedReceiver<Released>,
     ) -> Self {
@@ -113,7 +113,7 @@ impl Scheduler {
         Self {
             reporter: Reporter::new(Arc::clone(&worker)),
             worker,
-            task,
+            mode,
             ready: VecDeque::new(),
             claimed: HashSet::new(),
             at_work: JoinSet::new(),
@@ -126,7 +126,7 @@ impl Scheduler {
             may_be_due: true,
             query_in: QUERY_EVERY,
             pass: Pass {
-                settings: pass.filter(|_| task == Task::All),
+                settings: pass.filter(|_| mode == RunMode::All),
                 not_before: Instant::now(),
                 is_unfinished: false,
                 give_way: CancellationToken::new(),
@@ -141,7 +141,7 @@ impl Scheduler {
             let circuit = self.circuit(now);
             self.hand_out(circuit);
             self.fetch(circuit, now);
-            if self.task == Task::Once && self.is_done(circuit) {
+            if self.mode == RunMode::Once && self.is_done(circuit) {
                 break;
             }
             let rest = self.rest(circuit, now);
@@ -183,7 +183,7 @@ impl Scheduler {
                 }
             }
         };
-        // Times that have passed do not count. The next query removes them, but that may have to wait.
+        // Times that have passed do not count. The next query removes them, but it may not be possible yet.
         let held = self.timed_out.values().map(|until| *until - Instant::now());
         held.filter(|left| !left.is_zero())
             .fold(rest, Duration::min)
@@ -208,7 +208,7 @@ impl Scheduler {
             .saturating_sub(self.ready.len() + self.at_work.len() + self.set_aside)
     }
 
-    /// Holds back a conversation as long as a write that timed out may still be carried out.
+    /// Holds back a conversation while a write that timed out may still be carried out.
     fn hold(&mut self, conversation: ConversationId) {
         let until = Instant::now() + self.worker.settings.request_timeout;
         self.timed_out.insert(conversation, until);
@@ -248,8 +248,8 @@ impl Scheduler {
 
     fn hand_out(&mut self, circuit: Circuit) {
         if circuit != Circuit::Closed && self.at_work.is_empty() {
-            // The journal chooses the conversation to probe with, so loaded work is given back. If the circuit is
-            // half-open and only one conversation is loaded, the journal chose it for the probe, and it is kept.
+            // The journal chooses the conversation to probe with, so loaded work is given back. The exception: if the
+            // circuit is half-open and only one conversation is loaded, the journal chose it for the probe.
             let from = usize::from(circuit == Circuit::HalfOpen && self.ready.len() == 1);
             for (_, work) in self.ready.drain(from..) {
                 self.claimed.remove(&work.conversation.id);
@@ -290,7 +290,7 @@ impl Scheduler {
         }
     }
 
-    /// Queries the journal for due conversations, if more can be claimed.
+    /// Queries the journal for due conversations if more can be claimed.
     fn fetch(&mut self, circuit: Circuit, now: Millis) {
         if self.fetch.is_some() {
             return;
@@ -309,7 +309,7 @@ impl Scheduler {
         let is_idle_time = self.is_unoccupied() && instant >= self.pass.not_before;
         let settings = &self.worker.settings;
         let request = ClaimRequest {
-            verifications_only: self.task == Task::Verifications,
+            verifications_only: self.mode == RunMode::Verifications,
             idle_pass: self.pass.settings.filter(|_| is_idle_time),
             probe: circuit == Circuit::HalfOpen,
             conversations,
@@ -334,8 +334,8 @@ impl Scheduler {
         }));
     }
 
-    /// How many conversations and bytes to claim; `None`: none now. The sizes are added up last, because this is called
-    /// after each piece of work.
+    /// How many conversations and bytes to claim; `None`: nothing is to be claimed now. The sizes are added up last,
+    /// because this is called after each piece of work.
     fn claim_size(&self, circuit: Circuit) -> Option<(usize, usize)> {
         let limit = self.limit(circuit);
         if !self.may_be_due || limit == 0 {
@@ -436,7 +436,7 @@ impl Scheduler {
         // The channel has room for the reports of all claimed conversations.
         if self.reports.try_send(ended).is_err() {
             tracing::error!(
-                "a report could not be committed; its conversation is read back at the next start"
+                "a report could not be committed; its conversation will be read back at the next start"
             );
         }
     }

@@ -45,8 +45,8 @@ impl Worker {
         lock(&self.unreadable).contains(&conversation)
     }
 
-    /// Whether the chat may have a waiting event that has not failed: a newer copy of this database may have delivered
-    /// it, or it was delivered before OurAPI reported the chat lost, and the chat found since then was not read.
+    /// Whether a waiting event may have been delivered although it has not failed: with a newer copy of this database,
+    /// or before OurAPI lost the chat, if the chat found since then was not read.
     pub(super) fn may_be_delivered(&self, claim: &Claim, event: &Pending) -> bool {
         event.id <= self.session.replay_until.get() || event.restored && !claim.is_read
     }

@@ -1,4 +1,4 @@
-//! END: the chat gets its end time. BigChat reports several for the same conversation, of which the latest counts.
+//! END: the chat gets its end time. BigChat reports several ENDs for the same conversation, of which the latest counts.
 //! Messages after the end are delivered, too.
 
 use crate::domain::conversation::{Desired, Pending};

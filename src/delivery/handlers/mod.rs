@@ -1,6 +1,6 @@
 //! The handlers: one file for each of START, END, MESSAGE and TRANSFER.
 //!
-//! Changes of the chat itself are folded into the desired chat, and the difference is sent as one change. Messages are
+//! Changes to the chat itself are folded into the desired chat, and the difference is sent as one change. Messages are
 //! sent one by one, in order of arrival.
 
 pub(super) mod end;

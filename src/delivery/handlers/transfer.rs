@@ -1,5 +1,5 @@
-//! TRANSFER: the chat gets the agent of the new advisor. The latest by time counts; ties go to the later arrival. A
-//! transfer to the current advisor has no effect.
+//! TRANSFER: the chat gets the agent of the new advisor. The latest TRANSFER by time counts; of two at the same time,
+//! the later arrival. A TRANSFER to the current advisor has no effect.
 
 use crate::domain::conversation::{Desired, Pending, Transfer};
 use crate::domain::ids::AdvisorId;

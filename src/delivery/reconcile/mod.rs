@@ -1,8 +1,8 @@
 //! Reconciling a conversation: sends the difference between the desired and the observed chat.
 //!
-//! The journal's record of the chat may be wrong: after a write of unknown outcome, a crash, a loss in OurAPI, or with
-//! an older copy of the database. The conversation is *stale* then, and there is one remedy: the chat is read back, and
-//! its messages are accounted for. That ends the claim; the next claim sends missing and waiting events.
+//! The journal's record of the chat may be wrong after a write of unknown outcome, a crash, a loss in OurAPI, or the
+//! use of an older copy of the database. The conversation is then *stale*, and there is one remedy: the chat is read
+//! back, and its messages are accounted for. The claim ends with that; the next claim sends missing and waiting events.
 
 mod read_back;
 mod verify;
@@ -24,7 +24,7 @@ use crate::domain::progress::{Claim, Effect, Missing, Observation, Verified, Wor
 use crate::http::{ApiError, ErrorKind, Resource};
 use crate::settings::MessageAuthor;
 
-/// A piece of work: in progress, then its result.
+/// A piece of work in progress, and finally its result.
 #[derive(Debug)]
 pub(super) struct Reconciliation {
     worker: Arc<Worker>,
@@ -37,19 +37,19 @@ pub(super) struct Reconciliation {
     /// Set if the work ended early.
     pub(super) stopped: Option<Stopped>,
     pub(super) observation: Observation,
-    /// A chat was adopted, and its messages could not be read.
+    /// Whether a chat was adopted and its messages could not be read.
     pub(super) is_unread: bool,
     pub(super) consumed: Vec<MessageKey>,
     /// How many writes OurAPI carried out.
     pub(super) writes: u32,
     pub(super) verified: Verified,
-    /// Differences that are not repaired; `None`: the chat was not read.
+    /// The drift that is not overwritten; `None`: the chat was not read.
     pub(super) drift: Option<FieldSet>,
     pub(super) missing: Option<Missing>,
 }
 
 impl Reconciliation {
-    /// The failed request may still be carried out.
+    /// Whether the failed request may still be carried out.
     pub(super) fn is_timeout(&self) -> bool {
         let stopped = self.stopped.as_ref();
         stopped.is_some_and(|stopped| stopped.error.is_timeout())
@@ -146,7 +146,8 @@ impl Reconciliation {
 
     /// Whether the chat may have some of the events, and was not read yet.
     fn must_be_read(&self) -> bool {
-        // If the messages of a chat cannot be read, its fields have been read, and a change needs only those.
+        // A chat recorded as unreadable has unreadable messages, but its fields were read. A change needs only the
+        // fields.
         let must_be_read = |event: &Pending| {
             self.worker.may_be_delivered(&self.claim, event)
                 && (event.payload.kind().is_message()
@@ -203,8 +204,9 @@ impl Reconciliation {
         Ok(())
     }
 
-    /// OurAPI rejects a change that no waiting event requests. An existing chat stays as it is and still gets messages.
-    /// Without a chat, the first waiting event fails; if none waits, there is no chat until the next event.
+    /// Handles the rejection of a change that no waiting event requests. An existing chat stays as it is and still gets
+    /// messages. Without a chat, the first waiting event fails. If no event is waiting, there is no chat until the next
+    /// event.
     fn unchangeable(&mut self, error: AttemptError) -> Result<(), Stopped> {
         if self.conversation.observed.chat.is_none() {
             if let Some(first) = self.events.first() {
@@ -217,13 +219,13 @@ impl Reconciliation {
         tracing::warn!(
             conversation = self.conversation.bigchat_id, chat = self.logged_chat(),
             reason = %failure.reason, request = %failure.request, response = %failure.response,
-            "OurAPI rejects a change of a chat; nothing is changed until the conversation's next event"
+            "OurAPI rejects a change to a chat; the chat is not changed until the conversation's next event"
         );
         Ok(())
     }
 
-    /// Folds `changes` and writes the difference. `None`: an existing chat was adopted, or the chat is lost; nothing
-    /// was written.
+    /// Folds `changes` and writes the difference. Returns `None` if nothing was written, because an existing chat was
+    /// adopted or the chat is lost.
     async fn write_chat(&mut self, changes: &[Pending]) -> Result<Option<Effect>, AttemptError> {
         let observed = &self.conversation.observed;
         let is_needed = !self.events.is_empty()
@@ -297,7 +299,7 @@ impl Reconciliation {
             chat::Created::New => {
                 self.writes += 1;
                 self.observation = Observation::Created;
-                // A retried creation repeats the first intended start, and an earlier event may have arrived since.
+                // A retried creation uses the first intended start again, and an earlier event may have arrived since.
                 let changed = match self.conversation.observed.chat {
                     Some(chat) => self.patch(chat, desired, fields).await?,
                     None => None,
@@ -313,7 +315,7 @@ impl Reconciliation {
         }
     }
 
-    /// Handles a response that the chat does not exist. It is believed only if OurAPI's list confirms it.
+    /// Handles a not-found response for the chat. The chat counts as gone only if OurAPI's list confirms it.
     async fn chat_missing(&mut self, error: ApiError) -> Result<(), AttemptError> {
         match self.refresh().await? {
             Refreshed::Gone => self.gone(self.rebuilds()).await,
@@ -324,7 +326,7 @@ impl Reconciliation {
         }
     }
 
-    /// Handles a response that an agent does not exist. If confirmed, the chat has none until the agent is created
+    /// Handles a not-found response for an agent. If the loss is confirmed, the chat has no agent until it is created
     /// again.
     async fn agent_missing(&mut self, agent: Option<Uuid>, error: ApiError) -> AttemptError {
         let error = self.worker.agents.missing(agent, error).await;

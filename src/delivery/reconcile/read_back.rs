@@ -36,7 +36,7 @@ impl Reconciliation {
         let failed = |error| Stopped::at(first, error);
         let Refreshed::Ours(found) = self.refresh().await.map_err(failed)? else {
             if self.events.is_empty() && !self.rebuilds() {
-                // No event needs the chat. The chat is recorded as gone once an event does.
+                // No event needs the chat. The chat is recorded as gone once an event needs it.
                 return self.stays_lost();
             }
             return self.gone(self.rebuilds()).await.map_err(failed);
@@ -66,9 +66,9 @@ impl Reconciliation {
         self.account(found.chat_id, needed).await
     }
 
-    /// The fields that may have been written although the journal does not record it. They are those changed by an
-    /// event whose outcome is unknown, or by an event that a newer copy of the journal may have delivered. Waiting
-    /// changes are written together, so if one has an unknown outcome, the fields that the others change count, too.
+    /// The fields that may have been written without a record in the journal: those changed by an event whose outcome
+    /// is unknown, or by an event that may have been delivered with a newer copy of the journal. Waiting changes are
+    /// written together, so if one has an unknown outcome, the fields that the others change count, too.
     fn unknown_fields(&self) -> FieldSet {
         let is_unknown = |event: &&Pending| {
             event.attempts.outcome_unknown
@@ -100,7 +100,8 @@ impl Reconciliation {
         }
     }
 
-    /// If the chat became stale, a write may have been carried out, and it is unknown which fields it changed.
+    /// All fields if the chat became stale: a write may have been carried out, and it is unknown which fields it
+    /// changed.
     pub(super) fn unknown_if_stale(&self) -> FieldSet {
         match self.claim.became_stale {
             true => FieldSet::ALL,
@@ -108,8 +109,8 @@ impl Reconciliation {
         }
     }
 
-    /// Whether the chat has no agent because OurAPI has lost it: an agent that another client has removed from the chat
-    /// still exists. If so, the advisor's agent is written again.
+    /// Whether the chat has no agent because OurAPI has lost the agent. An agent that another client has removed from
+    /// the chat still exists. After a loss, the advisor's agent is written again.
     async fn is_agent_lost(&mut self, before: Option<Uuid>) -> Result<bool, AttemptError> {
         let agents = &self.worker.agents;
         let is_lost = match before {
@@ -123,15 +124,15 @@ impl Reconciliation {
         Ok(is_lost)
     }
 
-    /// After a loss, the chat's agent may be gone. If it is, and the advisor is now resolved to another agent, that one
-    /// is written. An agent that still exists stays, whichever client set it.
+    /// After a loss, the chat's agent may be gone. If so, and if the advisor now has another agent, that agent is
+    /// written. An agent that still exists stays, whichever client set it.
     async fn agent_may_be_gone(
         &mut self,
         before: Option<Uuid>,
         named: Option<Uuid>,
     ) -> Result<(), AttemptError> {
         if named.is_none() && self.claim.drift.agent {
-            // Another client has removed it.
+            // Another client has removed the agent.
             return Ok(());
         }
         let agent = named.or(before);
@@ -166,7 +167,7 @@ impl Reconciliation {
         let is_same = observed.chat.is_some() && observed.agent == found.agent_id;
         let is_known = self.claim.drift.agent && (is_same || !unknown.agent);
         if drift.agent || is_known {
-            // It may have been changed back.
+            // The agent may have been changed back.
             drift.agent = match observed.advisor {
                 None => found.agent_id.is_some(),
                 Some(advisor) => {
@@ -192,12 +193,12 @@ impl Reconciliation {
         if !drift.is_empty() {
             tracing::warn!(
                 conversation = self.conversation.bigchat_id, chat = %found.chat_id, %drift,
-                "a chat was changed in OurAPI by another client, or after the backup if this database was restored from one; it stays as it is"
+                "a chat was changed in OurAPI by another client or, if this database is a restored backup, after the backup was made; the chat stays as it is"
             );
         }
     }
 
-    /// OurAPI has lost the chat, and it is not restored.
+    /// Records that OurAPI has lost the chat, and that it is not restored.
     fn stays_lost(&mut self) -> Result<(), Stopped> {
         let missing = Missing {
             chat: true,
@@ -255,7 +256,7 @@ impl Reconciliation {
         let is_needed = match needed {
             Needed::Always => true,
             Needed::IfAny => !recorded.is_empty(),
-            // More may wait than was claimed.
+            // More messages may be waiting than were claimed.
             Needed::IfWaiting => {
                 self.events.iter().any(is_message) || recorded.iter().any(is_unknown)
             }
@@ -285,7 +286,7 @@ impl Reconciliation {
         Ok(())
     }
 
-    /// The first waiting message that may have been delivered. It is the reason to read the chat.
+    /// The first waiting message that may have been delivered, which is the reason for reading the chat.
     fn first_outcome_unknown(&self) -> Option<EventId> {
         let mut messages = self
             .events
@@ -305,7 +306,7 @@ impl Reconciliation {
         let is_known = self.claim.is_lost && self.observation != Observation::Created
             || self.worker.agents.losses() > self.claim.losses;
         if !rebuild || !self.rebuilds() {
-            // The agents may be gone, too; a check costs one request each.
+            // The agents may be gone, too. Checking them again costs one request per agent.
             self.worker.agents.forget();
         } else if !is_known {
             self.worker.agents.record_loss().await?;

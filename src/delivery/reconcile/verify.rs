@@ -1,4 +1,4 @@
-//! Verification: a chat of a conversation without work is compared with the journal.
+//! Verification: compares the chat of a conversation without work with the journal.
 
 use std::time::Duration;
 
@@ -128,7 +128,7 @@ impl Reconciliation {
         found: &our_api::Chat,
     ) -> Result<(Observed, VerificationResult), AttemptError> {
         let observed = &self.conversation.observed;
-        // A write of the daemon that was carried out is no drift.
+        // A write of the daemon that was carried out is not drift.
         let unknown = self.unknown_if_stale();
         let (merged, mut drift) = self.merged(found, unknown).await?;
         let missing = Missing {
@@ -150,8 +150,8 @@ impl Reconciliation {
         Ok((merged, result))
     }
 
-    /// Whether OurAPI no longer has the chat's agent, whichever client set it. If the chat has none, that may be
-    /// because the agent that the daemon wrote is gone.
+    /// Whether OurAPI no longer has the chat's agent, whichever client set it. If the chat has no agent, the reason may
+    /// be that the agent that the daemon wrote is gone.
     async fn agent_is_gone(&self, found: Option<Uuid>) -> Result<bool, AttemptError> {
         let Conversation {
             desired, observed, ..
@@ -180,8 +180,8 @@ impl Reconciliation {
         }
     }
 
-    /// The observed chat after the verification. The next write then restores what is missing, and overwrites what
-    /// another client has changed if the mode says so.
+    /// The observed chat after the verification. The next write restores what is missing, and in
+    /// [`VerifyMode::Overwrite`] also overwrites what another client has changed.
     async fn observed_after(
         &self,
         mode: VerifyMode,
@@ -197,8 +197,8 @@ impl Reconciliation {
             VerifyMode::Restore => merged,
             VerifyMode::Overwrite => {
                 let unknown = FieldSet {
-                    // Details never override a TRANSFER. If this journal has none, the agent found may be from one that
-                    // only another copy of the journal knows.
+                    // Details never override a TRANSFER. If this journal has no TRANSFER, the agent found may be from
+                    // one that only another copy of the journal knows.
                     agent: (result.drift.agent || self.unknown_if_stale().agent)
                         && (desired.transfer.is_some() || found.agent_id.is_none()),
                     ..FieldSet::ALL
@@ -222,7 +222,8 @@ impl Reconciliation {
         Ok(after)
     }
 
-    /// Whether the chat has no agent, because BigChat denied the advisor, or OurAPI the agent. Both are asked again.
+    /// Whether the chat has no agent because BigChat denied the advisor, or OurAPI denied the agent. Both are asked
+    /// again.
     fn lacks_agent(&self, drift: FieldSet) -> bool {
         let Conversation {
             desired, observed, ..
