@@ -1,4 +1,4 @@
-//! BigChat's events. Each is parsed separately, so that a malformed one does not cost the rest of its page.
+//! BigChat's events. Each is parsed separately, so that a malformed one does not affect the rest of its page.
 
 use std::hash::Hasher;
 
@@ -248,8 +248,8 @@ fn bare_field(raw: &str, name: &str) -> Option<String> {
 ///
 /// # Errors
 ///
-/// If the body is not a page. Without `events` it is an empty page only if it has `nextPageUrl` or no fields at all.
-/// Any other object may be an error report.
+/// If the body is not a page. A body without `events` is an empty page only if it has `nextPageUrl` or no fields at
+/// all. Any other object may be an error report.
 pub fn page_events<'a>(body: &'a str, each: impl FnMut(&'a str)) -> Result<(), Malformed> {
     let mut fields = 0;
     json::all_fields(body, |_, _| fields += 1)?;
@@ -268,8 +268,8 @@ fn field<T: serde::de::DeserializeOwned>(
     serde_json::from_str(value).map_err(|source| ParseError::Field { name, source })
 }
 
-/// `data` in canonical form. If part of it is invalid JSON, only the needed field. If a field is needed, `data` must be
-/// an object: serde would take a list for the values of the fields.
+/// `data` in canonical form. If part of it is invalid JSON, only the needed field is returned. If a field is needed,
+/// `data` must be an object, because serde would accept a list as the values of the fields.
 fn canonical(kind: EventKind, data: &str) -> Result<Option<String>, ParseError> {
     let invalid = |source| ParseError::Data { kind, source };
     // `Value` sorts object keys.
@@ -395,7 +395,7 @@ mod tests {
 
     #[test]
     fn fingerprint_is_stable_across_releases() {
-        // With another value, no event of an existing journal would be recognized.
+        // If this value changed, no event in an existing journal would be recognized.
         let event = Event {
             conversation: 1,
             at: Timestamp::clamped(1),

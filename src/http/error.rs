@@ -24,25 +24,26 @@ pub enum ErrorKind {
     Unreachable,
     /// The request may have been carried out. Read back, then retry.
     OutcomeUnknown {
-        /// It may still be carried out.
+        /// Whether it may still be carried out.
         timed_out: bool,
     },
     /// Send nothing before `until`.
     RateLimited {
         until: Millis,
-        /// The request may have been carried out: after a 503 that is unknown; after a 429 it was not.
+        /// Whether the request may have been carried out: possibly after a 503, but not after a 429.
         outcome_unknown: bool,
     },
-    /// Not sent: deliveries are paused, or the daemon stops. This is no attempt, and says nothing about the API.
+    /// Not sent: deliveries are paused, or the daemon is stopping. This is not an attempt, and shows nothing about the
+    /// API.
     Withheld,
     /// 401, 403 or 407: no request will succeed before the credentials are renewed. Like the next kind, it may come from
     /// a proxy that has forwarded the request.
     Unauthorized,
-    /// Another service answers.
+    /// Another service is answering.
     WrongService,
-    /// The API does not know the resource. In OurAPI, only a list proves that it is gone.
+    /// The API does not know the resource. In OurAPI, only a list proves that a resource is gone.
     NotFound(Resource),
-    /// The API denies an advisor, a conversation or an agent, not often enough yet to be believed. Retry later.
+    /// The API denies an advisor, a conversation or an agent, but not yet often enough to be believed. Retry later.
     Denied,
     /// An equal resource exists, if the service is OurAPI at all.
     Conflict,
@@ -107,7 +108,7 @@ impl ErrorKind {
         matches!(self, Self::Unreachable | Self::OutcomeUnknown { .. })
     }
 
-    /// A rejected write shows that the API works; a rejected read, that it does not.
+    /// A rejected write shows that the API works; a rejected read shows that it does not.
     pub(super) fn sign(self, is_read: bool) -> Sign {
         match self {
             Self::Unreachable
@@ -189,7 +190,7 @@ impl ApiError {
         }
     }
 
-    /// Whether the failure lasts until the operator acts, other than an outage of the API.
+    /// Whether the failure lasts until the operator acts, unlike an outage of the API.
     pub fn lasts(&self) -> bool {
         self.exchange.cause.is_some() || !self.kind.is_transient()
     }
@@ -209,7 +210,7 @@ impl ApiError {
                 format!("renew {} or correct {url}", api.token_setting())
             }
             (None, ErrorKind::RateLimited { .. }) => {
-                format!("wait; nothing is lost, and if this lasts, ask the operator of {api}")
+                format!("wait; nothing is lost; if this lasts, ask the operator of {api}")
             }
             (None, kind) if kind.is_transient() => {
                 format!("start {api}, or correct {url}")
@@ -284,11 +285,13 @@ impl ApiError {
             ),
             ErrorKind::NotFound(resource) => format!("{api} does not know the {resource}"),
             ErrorKind::Denied => {
-                format!("{api} denies it; it is asked again before that is believed")
+                format!(
+                    "{api} denied the request; the request is repeated before the denial is believed"
+                )
             }
-            ErrorKind::Conflict => format!("{api} has an equal one already"),
+            ErrorKind::Conflict => format!("{api} already has an equal resource"),
             ErrorKind::Ambiguous => format!(
-                "{api} has an agent with this name or address already, and its lists do not show which"
+                "{api} already has an agent with this name or address, and its lists do not show which one"
             ),
             ErrorKind::Rejected if self.exchange.is_read => {
                 format!("{api} does not accept the query")

@@ -12,7 +12,7 @@ use super::transport::{MAX_BODY, Response};
 /// Maximum length of a request or a response in characters.
 const MAX_RECORD: usize = 2_000;
 
-/// Maximum length of a detail in characters. Dead letters are grouped by it.
+/// Maximum length of a detail in characters. Dead letters are grouped by their details.
 const MAX_DETAIL: usize = 200;
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -25,9 +25,9 @@ pub struct Exchange {
     pub response: String,
     /// The reason for a 4xx, from its body, on one line.
     pub detail: Option<String>,
-    /// The request changes nothing.
+    /// Whether the request changes nothing.
     pub is_read: bool,
-    /// The fault of the response, where its status does not show it.
+    /// The fault of the response, if its status does not show it.
     pub cause: Option<Cause>,
 }
 
@@ -36,9 +36,9 @@ pub struct Exchange {
 pub enum Cause {
     /// A redirect to this scheme and host; `None`: there was no location.
     Redirect(Option<String>),
-    /// A 407, or a 403 with an HTML page, which no API sends.
+    /// A 407, or a 403 with an HTML page, which neither API sends.
     Firewall,
-    /// A success without the expected JSON, and the reason.
+    /// A success without the expected JSON, with the reason.
     InvalidJson(String),
     /// A page of events that is larger than the limit.
     PageTooLarge,

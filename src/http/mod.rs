@@ -124,7 +124,7 @@ impl Http {
         &self.base
     }
 
-    /// The end of the rate limit, if it is in force.
+    /// The end of the rate limit, if one is in force.
     pub fn rate_limited_until(&self, now: Millis) -> Option<Millis> {
         let limit = lock(&self.health).rate_limit?;
         limit.is_in_force(now).then_some(limit.until)
@@ -140,7 +140,7 @@ impl Http {
         lock(&self.health).breaker.is_failing()
     }
 
-    /// Whether there is an outage. One from the last session counts until a request succeeds.
+    /// Whether there is an outage. An outage in the last session counts until a request succeeds.
     pub fn is_down(&self) -> bool {
         lock(&self.health).is_down()
     }
@@ -173,8 +173,8 @@ impl Http {
         }
     }
 
-    /// Sends a request with `body` as JSON, and parses a successful response with `read`, which returns the reason if
-    /// the response is unusable.
+    /// Sends a request with `body` as JSON, and parses a successful response with `read`. If the response is unusable,
+    /// `read` returns the reason.
     pub async fn call<T>(
         &self,
         target: &Target,

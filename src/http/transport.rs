@@ -20,10 +20,11 @@ use crate::mutex::lock;
 /// Maximum size of a response in bytes. A page of 100,000 events is smaller.
 pub(super) const MAX_BODY: usize = 32 << 20;
 
-/// Maximum `age` of a cached response in seconds; a larger one is nonsense.
+/// Maximum `age` of a cached response in seconds. A larger value is not plausible.
 const MAX_AGE: u64 = 366 * 86_400;
 
-/// Both servers close connections after 5 s idle; an older one may break in mid-request.
+/// Maximum idle time of a connection. Both servers close a connection that is idle for 5 s, possibly during the next
+/// request.
 const POOL_IDLE: Duration = Duration::from_secs(4);
 
 /// Sends requests over the network, or to a service in this process.
@@ -110,18 +111,20 @@ impl NoResponse {
     }
 }
 
-/// A connection that breaks later than this after the request was broken by a load balancer that gave up waiting, and
-/// the API may still carry out the request, as after a time-out. One that breaks sooner was broken by the API.
+/// If a connection breaks later than this after the request was sent, a load balancer may have given up waiting, and
+/// the API may still carry out the request, as after a time-out. If it breaks sooner, the API broke it.
 const PROMPT: Duration = Duration::from_secs(1);
 
-/// Maximum age of connections. The host name may resolve to another address by now, while the old one still answers.
+/// Maximum age of connections. After this time, the host name may resolve to another address while the old one still
+/// answers.
 const RENEW_EVERY: Duration = Duration::from_secs(60);
 
-/// HTTP over the network: no redirects, no proxies, no cached responses, and no retry except of a GET whose connection
-/// broke. Compressed responses are decompressed, although compression is never requested; text is decoded as declared.
+/// HTTP over the network: no redirects, no proxies, no cached responses, and no retries, except of a GET whose
+/// connection broke. Compressed responses are decompressed, although compression is never requested; text is decoded as
+/// declared.
 ///
-/// After a lost response or a server error, open connections are not used again: they lead to the same server, which
-/// may have closed them, too.
+/// After a lost response or a server error, no open connection is used again: all lead to the same server, which may
+/// have closed them, too.
 #[derive(Debug)]
 pub struct Network {
     timeout: Duration,
@@ -193,8 +196,8 @@ impl Network {
         let body = request.body.take();
         let sent_at = Instant::now();
         let response = match client.execute(encode(&request, body)?).await {
-            // After a 500, both servers close the connection without notice, so that a pooled one breaks. A read can be
-            // repeated; the outcome of a write is unknown.
+            // After a 500, both servers close the connection without notice, so a pooled connection may be broken. A
+            // read can be repeated; the outcome of a write is unknown.
             Err(error) if is_read && !error.is_timeout() && !error.is_connect() => {
                 self.suspect();
                 let client = self.client(request.at);
@@ -210,7 +213,7 @@ impl Network {
             .filter(|_| status.is_redirection())
             .map(location);
         let body = match read(response).await {
-            // It is not needed.
+            // The body of a rate-limited response is not needed.
             Err(_) if rate_limit.is_some() => Vec::new(),
             body => body?,
         };
@@ -230,7 +233,7 @@ impl Transport for Network {
     }
 }
 
-/// Takes 1 ms; with TLS, which needs the certificates of this machine, some 10 ms.
+/// Builds a client. This takes about 1 ms, or 10 ms with TLS, which needs the certificates of this machine.
 pub(crate) fn client(with_tls: bool, timeout: Duration) -> Result<Client, reqwest::Error> {
     let mut client = Client::builder();
     if !with_tls {
@@ -270,7 +273,7 @@ fn encode(request: &Request<'_>, body: Option<Vec<u8>>) -> Result<reqwest::Reque
     Ok(encoded)
 }
 
-/// When the response was generated. The date of a cached response is old by its `age`.
+/// When the response was generated: the `date`, plus the `age` of a cached response.
 fn date(headers: &HeaderMap) -> Option<Timestamp> {
     let age = text(headers, header::AGE).and_then(|age| age.trim().parse().ok());
     let age = Duration::from_secs(age.unwrap_or(0).min(MAX_AGE));

@@ -19,7 +19,7 @@ struct Closed {
 }
 
 impl Gate {
-    /// Closes the gate for a pause, or opens it. A pause set again keeps its end.
+    /// Closes the gate for a pause, or opens it. Setting the same pause again does not change its end.
     pub(super) fn set(&self, pause: Option<Pause>) {
         let mut closed = lock(&self.0);
         if closed.map(|closed| closed.pause) == pause {
@@ -32,7 +32,7 @@ impl Gate {
         });
     }
 
-    /// The pause, if it is not over. A clock that was set ahead ends it, as expected of a pause until a given time.
+    /// The pause, if it is not over. Setting the clock ahead can end it, as expected of a pause until a given time.
     pub(super) fn paused(&self) -> Option<Pause> {
         let Closed { pause, until } = (*lock(&self.0))?;
         let is_over = until.is_some_and(|until| until <= Instant::now())

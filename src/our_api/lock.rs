@@ -1,9 +1,8 @@
-//! The file lock around each request to OurAPI, with which several daemons of one machine take turns
-//! (`--our-api-lock`).
+//! The file lock around each request to OurAPI. With it, several daemons on one machine take turns (`--our-api-lock`).
 //!
-//! The operating system releases the lock when its holder dies. OurAPI may still be carrying out its request then, so
-//! the file has one byte while a request is in flight. A process that takes the lock and finds the byte waits as long
-//! as a request may take.
+//! The operating system releases the lock when its holder dies. OurAPI may then still be carrying out the holder's
+//! request, so the file contains one byte while a request is in flight. A process that takes the lock and finds the
+//! byte waits as long as a request may take.
 
 use std::fs::{self, File, Metadata};
 use std::io::{self, ErrorKind};
@@ -20,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use crate::telemetry::liveness;
 use crate::telemetry::terminal::shown;
 
-/// How often the waiting time is counted, and how often a file that cannot be locked is tried again.
+/// The interval at which the waiting time is counted, and at which a file that cannot be locked is tried again.
 const TICK: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
@@ -31,7 +30,7 @@ pub(super) struct Lock {
     stopping: CancellationToken,
     /// The total waiting time of requests, in µs.
     waited: AtomicU64,
-    /// The file cannot be locked, and that was logged.
+    /// Whether it was logged that the file cannot be locked.
     is_broken: AtomicBool,
 }
 
@@ -56,7 +55,7 @@ impl Lock {
         Duration::from_micros(self.waited.load(Ordering::Relaxed))
     }
 
-    /// Waits for the lock, and for a file that cannot be locked; `None`: the daemon is to stop.
+    /// Waits for the lock, or until the file can be locked; `None`: the daemon is to stop.
     pub(super) async fn acquire(&self) -> Option<Turn> {
         self.stopping.run_until_cancelled(self.wait()).await
     }
@@ -120,7 +119,7 @@ impl Lock {
     }
 }
 
-/// The held lock. It is released when this is dropped.
+/// The lock while it is held. Dropping this releases the lock.
 #[derive(Debug)]
 pub(super) struct Turn {
     file: File,
@@ -128,8 +127,8 @@ pub(super) struct Turn {
 }
 
 impl Turn {
-    /// Marks a request as in flight. If the mark cannot be written, the lock still works, but if this process dies
-    /// during the request, the next holder does not wait for its end.
+    /// Marks a request as in flight. If the mark cannot be written, the lock still works, but the next holder does not
+    /// wait for the end of the request if this process dies during it.
     pub(super) fn begin(&self) {
         self.file.set_len(1).ok();
     }
@@ -148,11 +147,11 @@ pub struct LockError {
     source: io::Error,
 }
 
-/// Whether a file can be used as a lock, for an error at the start.
+/// Checks whether a file can be used as a lock, so that an error is reported at the start.
 ///
 /// # Errors
 ///
-/// Why it cannot.
+/// If the file cannot be used as a lock.
 pub fn usable(path: &Path) -> Result<(), LockError> {
     open(path).map(drop).map_err(|source| LockError {
         path: path.to_owned(),
@@ -169,7 +168,7 @@ fn lock(path: &Path) -> io::Result<Turn> {
             locked => locked?,
         }
         let locked = file.metadata()?;
-        // The file may have been deleted or replaced meanwhile. Other processes then lock the new one.
+        // The file may have been deleted or replaced meanwhile. Other processes then lock the new file.
         if fs::metadata(path).is_ok_and(|named| is_same(&named, &locked)) {
             let was_in_flight = locked.len() > 0;
             return Ok(Turn {
@@ -180,7 +179,8 @@ fn lock(path: &Path) -> io::Result<Turn> {
     }
 }
 
-/// Opens the file. A file with content is not even opened, because closing it would drop a database's own locks.
+/// Opens the file. A file with more than one byte is not even opened: it may be the database, and closing it would drop
+/// the locks that this process has on it.
 fn open(path: &Path) -> io::Result<File> {
     match fs::metadata(path) {
         Ok(metadata) if !metadata.is_file() || metadata.len() > 1 => {

@@ -1,4 +1,5 @@
-//! The OurAPI client, with types that follow the contract. It bounds the requests in flight of all callers together.
+//! The OurAPI client, with types that follow the contract. It limits how many requests all callers together have in
+//! flight.
 
 mod gate;
 mod lock;
@@ -61,7 +62,7 @@ pub struct Agent {
     pub agent_id: Uuid,
     /// Unique.
     pub name: String,
-    /// Unique, and the identity.
+    /// Unique; identifies the agent.
     pub email: String,
 }
 
@@ -94,7 +95,7 @@ pub struct NewChat<'a> {
 pub struct NewMessage<'a> {
     pub sent_at: Timestamp,
     pub text: &'a str,
-    /// The author, if the settings credit one.
+    /// The author, if `--message-author` selects one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub agent_id: Option<Uuid>,
 }
@@ -114,8 +115,8 @@ impl OurApi {
         }
     }
 
-    /// How many requests may be in flight besides those that timed out and may still be carried out. Zero is an error
-    /// with the time when the first permit is free again.
+    /// How many requests may be in flight besides those that timed out and may still be carried out. If none may, the
+    /// error is the time at which the first permit will be free again.
     pub fn free_permits(&self, now: Millis) -> std::result::Result<u16, Millis> {
         self.permits.free_permits(now)
     }
@@ -131,8 +132,8 @@ impl OurApi {
             .record_timeout(u16::try_from(requests).unwrap_or(u16::MAX));
     }
 
-    /// Sends no request before those of earlier processes can no longer be in flight: those that timed out, until then,
-    /// and any request of a process that did not end cleanly.
+    /// Holds back requests while those of earlier processes may still be in flight: until `until` after a clean end, or
+    /// else for one request time-out.
     pub fn restore_timed_out(&self, until: Millis, after_clean_end: bool) {
         self.permits.restore(match after_clean_end {
             true => until,
@@ -140,12 +141,12 @@ impl OurApi {
         });
     }
 
-    /// The total time that requests have waited for the lock; `None`: there is no lock.
+    /// The total time for which requests have waited for the lock; `None`: there is no lock.
     pub fn lock_waited(&self) -> Option<Duration> {
         self.lock.as_ref().map(Lock::waited)
     }
 
-    /// Holds all requests while that pause lasts; `None` releases them.
+    /// Makes all requests fail during this pause, without sending them; `None` ends the pause.
     pub fn set_pause(&self, pause: Option<Pause>) {
         self.gate.set(pause);
     }
@@ -165,7 +166,7 @@ impl OurApi {
 
     pub async fn chat(&self, external_id: &str) -> Result<Option<Chat>> {
         let chats: Vec<Chat> = self.list(Route::Chats, "external_id", external_id).await?;
-        // Another OurAPI may match substrings, ignore the filter, or compare case-insensitively.
+        // Another implementation of OurAPI may match substrings, ignore the filter, or compare case-insensitively.
         let exact = chats
             .iter()
             .position(|chat| chat.external_id == external_id);
@@ -177,12 +178,12 @@ impl OurApi {
         Ok(found.and_then(|at| chats.into_iter().nth(at)))
     }
 
-    /// The agents that OurAPI finds by an e-mail address. It decides which addresses are equal.
+    /// The agents that OurAPI finds by an e-mail address. OurAPI decides which addresses are equal.
     pub async fn agents_by_email(&self, email: &str) -> Result<Vec<Agent>> {
         self.list(Route::Agents, "email", email).await
     }
 
-    /// The agents that OurAPI finds by a name. It decides which names are equal.
+    /// The agents that OurAPI finds by a name. OurAPI decides which names are equal.
     pub async fn agents_by_name(&self, name: &str) -> Result<Vec<Agent>> {
         self.list(Route::Agents, "name", name).await
     }
@@ -220,7 +221,8 @@ impl OurApi {
 
     /// # Errors
     ///
-    /// [`ErrorKind::Conflict`](crate::http::ErrorKind) if the name or address is taken, or if OurAPI fails.
+    /// [`ErrorKind::Conflict`](crate::http::ErrorKind) if the name or address is taken, or if OurAPI answers 500, which
+    /// may mean the same.
     pub async fn create_agent(&self, name: &str, email: &str) -> Result<Agent> {
         #[derive(Serialize)]
         struct NewAgent<'a> {
@@ -280,9 +282,9 @@ impl OurApi {
         let turn = match &self.lock {
             None => None,
             Some(lock) => {
-                // Boxed: the future of a request stays small.
+                // Boxed, so that the future of a request stays small.
                 let turn = Box::pin(lock.acquire()).await;
-                Some(turn.ok_or_else(|| withheld("the daemon stops".to_owned()))?)
+                Some(turn.ok_or_else(|| withheld("the daemon is stopping".to_owned()))?)
             }
         };
         if let Some(pause) = self.paused() {
@@ -304,7 +306,7 @@ impl OurApi {
     }
 }
 
-/// Whether two texts are equal for an OurAPI that compares case-insensitively.
+/// Whether two texts are equal for an implementation of OurAPI that compares case-insensitively.
 pub fn is_alike(one: &str, other: &str) -> bool {
     one == other || one.trim().to_lowercase() == other.trim().to_lowercase()
 }
@@ -313,7 +315,7 @@ fn json<T: DeserializeOwned>(response: &mut Response) -> std::result::Result<T, 
     http::json(&response.body)
 }
 
-/// Accepts a 204 or any JSON object. A success with HTML, or without a body, is not from OurAPI.
+/// Accepts a 204 or any JSON object. Any other success, with HTML or without a body, is not from OurAPI.
 fn acknowledged(response: &mut Response) -> std::result::Result<(), String> {
     let is_empty = response.status == StatusCode::NO_CONTENT;
     if !is_empty {

@@ -1,8 +1,7 @@
 //! Permits for requests in flight, so that OurAPI never has more at a time than the settings allow.
 //!
-//! A request that timed out may still be carried out, so its permit is held for another time-out. Without that, an
-//! OurAPI that hangs for a while would receive a second request meanwhile, which may corrupt its data if it allows only
-//! one.
+//! A request that timed out may still be carried out, so its permit is held for another time-out. Otherwise, if OurAPI
+//! hangs for a while, it would receive a second request meanwhile, which may corrupt its data if it allows only one.
 
 use std::sync::Mutex;
 use std::time::Duration;
@@ -30,7 +29,7 @@ struct Held {
     until: Instant,
     /// The same by this machine's clock, for a later session.
     by_clock: Millis,
-    /// The lock, because no other process may send a request meanwhile either.
+    /// The held lock, because no other process may send a request meanwhile.
     turn: Option<Turn>,
 }
 
@@ -54,7 +53,7 @@ impl Permits {
             }
             match self.first_to_end() {
                 None => {
-                    // It fails only if it is closed, which it never is.
+                    // This fails only if the semaphore is closed, which never happens.
                     if let Ok(permit) = self.free.acquire().await {
                         return Permit {
                             permits: self,
@@ -96,14 +95,14 @@ impl Permits {
         self.request_timeout
     }
 
-    /// An earlier session gave up requests. Their number is unknown, so all permits are held.
+    /// Holds all permits, because an earlier session gave up an unknown number of requests.
     pub(super) fn restore(&self, until: Millis) {
         let left = until.since(Millis::now()).min(self.request_timeout);
         self.hold_free(self.max_in_flight, left);
     }
 
     fn hold_free(&self, permits: u16, time: Duration) {
-        // The permits of requests in flight cannot be taken; then only the time is recorded.
+        // If requests in flight have the permits, only the time is recorded.
         let free = self.free.try_acquire_many(u32::from(permits));
         let permits = free.map_or(0, |free| {
             free.forget();
