@@ -8,7 +8,7 @@ use bigchat_sync::domain::event::page_events;
 use bigchat_sync::domain::ids::Epoch;
 use bigchat_sync::domain::time::{Millis, Timestamp};
 use bigchat_sync::domain::window::Window;
-use bigchat_sync::journal::{NewPage, PollProgress, Store};
+use bigchat_sync::journal::{NewPage, Store, WindowProgress};
 use tempfile::TempDir;
 
 use crate::process::{Process, daemon, until};
@@ -89,7 +89,7 @@ fn ingest(store: &mut Store, events: &[String]) {
             end: at,
         },
         events: events.len(),
-        progress: PollProgress::Complete(at),
+        progress: WindowProgress::Complete(at),
         body: format!(r#"{{"events":[{}],"nextPageUrl":null}}"#, events.join(",")),
     };
     store.store_page(&page).expect("it is stored");

@@ -34,8 +34,8 @@ pub struct BigChat {
 pub struct Page {
     /// As received.
     pub body: String,
-    /// The query of `nextPageUrl`. Its scheme, host and path are not used: a proxy may have changed them, or they name
-    /// another host.
+    /// The query of `nextPageUrl`. Its scheme, host and path are not used: a proxy may have changed them, or they may
+    /// name another host.
     pub next: Option<String>,
     pub events: usize,
     pub date: Option<Timestamp>,
@@ -46,7 +46,8 @@ pub struct Page {
 pub struct Details {
     /// `None` if its START is not among the events.
     pub started_at: Option<Timestamp>,
-    /// Always the first advisor at BigChat, the current one at most vendors; `None`: nobody has taken the conversation.
+    /// BigChat reports the first advisor, while most vendors report the current one; `None`: no advisor has taken the
+    /// conversation.
     pub advisor: Option<AdvisorId>,
 }
 
@@ -55,7 +56,7 @@ pub struct Details {
 pub struct Advisor {
     /// Not unique.
     pub name: String,
-    /// The identity. It may not resemble the name.
+    /// Identifies the advisor. It need not resemble the name.
     pub email_address: String,
 }
 
@@ -239,12 +240,12 @@ fn next_page(next: &str) -> Option<String> {
     if query.is_none() {
         // Text before an @ may be a user and a password.
         let next = next.rsplit('@').next().unwrap_or_default();
-        tracing::warn!(next = %shortened(next), "BigChat sent an unusable nextPageUrl; treating the poll as complete");
+        tracing::warn!(next = %shortened(next), "BigChat sent an unusable nextPageUrl; treating the window as complete");
     }
     query
 }
 
-/// The query of a `nextPageUrl`: an absolute or relative URL, or the query alone, possibly HTML-escaped.
+/// The query of a `nextPageUrl`, which is an absolute or relative URL, or the query alone, possibly HTML-escaped.
 fn next_query(next: &str) -> Option<String> {
     let next = next.trim().replace("&amp;", "&");
     let query = match next.split_once('?') {
@@ -279,7 +280,8 @@ fn is_time(value: &str) -> bool {
     DateTime::parse_from_rfc3339(value).is_ok()
 }
 
-/// A query in canonical form: sorted, with one encoding, and times in UTC. Equal ones are the same page.
+/// A query in canonical form: sorted, in one encoding, and with times in UTC. Equal canonical queries are for the same
+/// page.
 pub fn canonical_query(query: &str) -> String {
     let mut pairs: Vec<(String, String)> = form_urlencoded::parse(query.as_bytes())
         .map(|(name, value)| {

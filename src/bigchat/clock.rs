@@ -1,7 +1,7 @@
-//! BigChat's clock, from its `date` headers, and this machine's clock without its steps.
+//! BigChat's clock, from its `date` headers, and this machine's clock without its steps ahead.
 //!
 //! Windows and the cursor use BigChat's clock: for a window in its future, BigChat reports events that have not
-//! happened. This machine's clock, which may be an hour off, replaces it only as long as BigChat's time is unknown.
+//! happened yet. This machine's clock, which may be an hour off, replaces it only while BigChat's time is unknown.
 
 use std::sync::Mutex;
 use std::time::Duration;
@@ -11,12 +11,12 @@ use tokio::time::Instant;
 use crate::domain::time::{Millis, Timestamp};
 use crate::mutex::lock;
 
-/// A date that differs from the expected one by more than this has jumped. A single wrong header must neither move the
-/// cursor past unread events, nor back by years.
+/// A date that differs from the expected one by more than this has jumped. A single wrong header must move the cursor
+/// neither past unread events nor back by years.
 const JUMP: Duration = Duration::from_secs(600);
 
 /// How many polls a jump must last before it is believed. Until then the old time continues, so that no events are
-/// skipped while BigChat's date is wrong for some minutes.
+/// skipped if BigChat's date is wrong for some minutes.
 const POLLS: u64 = 10;
 
 /// Differences from this machine's clock of up to this many seconds are ignored. Dates are whole seconds, and requests
@@ -79,22 +79,23 @@ impl BigChatClock {
         }
     }
 
-    /// Counts a poll. Polls back to back count once.
+    /// Counts a poll. Back-to-back polls count once.
     pub fn count_poll(&self) {
         lock(&self.readings).polls += 1;
     }
 
-    /// Whether a date is believed. If not, a further response is needed.
+    /// Whether a date is believed. If not, another response is needed.
     pub fn is_sure(&self) -> bool {
         lock(&self.readings).believed.is_some()
     }
 
-    /// BigChat's time: its last date plus the monotonic time since; `None` if there was no date yet.
+    /// BigChat's time: its last believed date, or else its first date, plus the monotonic time since; `None` before the
+    /// first date.
     pub fn now(&self) -> Option<Timestamp> {
         lock(&self.readings).now(Instant::now())
     }
 
-    /// The same by its latest date, even if that is not believed.
+    /// BigChat's time by its latest date, even if that is not believed.
     pub fn latest(&self) -> Option<Timestamp> {
         let latest = lock(&self.readings).latest?;
         Some(latest.now(Instant::now()))
@@ -107,7 +108,7 @@ impl Readings {
         Some(self.believed.or(doubted)?.now(now))
     }
 
-    /// The first date is compared with this machine's clock. Either may be wrong; if they differ, the next date
+    /// The first date is compared with this machine's clock. Either may be wrong. If they differ, the next date
     /// decides.
     fn observe(&mut self, reading: Reading, this_machine: Timestamp) {
         self.latest = Some(reading);
@@ -139,7 +140,7 @@ impl Readings {
     }
 }
 
-/// This machine's clock for actions that cannot be undone. It ignores a step ahead, unless BigChat's clock agrees.
+/// This machine's clock, for actions that cannot be undone. It ignores a step ahead unless BigChat's clock agrees.
 #[derive(Debug)]
 pub struct SteadyClock {
     now: Millis,

@@ -1,5 +1,5 @@
-//! Details of conversations and advisors. The epoch is checked before they are used, since after a restart of BigChat
-//! an id means another conversation or advisor.
+//! Details of conversations and advisors. Their epoch is checked before they are used, since an id means another
+//! conversation or advisor after a restart of BigChat.
 
 use super::epoch::{self, ProbeResult};
 use super::{Source, SourceError};
@@ -9,12 +9,12 @@ use crate::domain::time::{Millis, Timestamp};
 use crate::http::{Api, ApiError, ErrorKind};
 use crate::journal::{Denial, KnownAdvisor};
 
-/// How many 404s in a row are believed about a conversation of a page: a single one may come from an instance that lags
-/// behind the others at the same address.
+/// How many not-found responses in a row are believed for a conversation of a page: a single one may come from an
+/// instance that lags behind the others at the same address.
 const NOT_FOUND_ATTEMPTS: u32 = 3;
 
-/// Reads a conversation's details into it: its start time and first advisor. If BigChat no longer knows the
-/// conversation, only its events count.
+/// Reads a conversation's details into it: its start time and first advisor. If BigChat does not know the conversation,
+/// only its events count.
 pub async fn read(source: &Source, conversation: &mut Conversation) -> Result<(), SourceError> {
     if source.epoch() != conversation.epoch {
         conversation.details = Details::Gone;
@@ -38,7 +38,7 @@ pub async fn read(source: &Source, conversation: &mut Conversation) -> Result<()
                     epoch::begin(source, conversation.epoch, reported).await?;
                     false
                 }
-                // A later epoch has no conversation that started while this one was still verified.
+                // A later epoch has no conversation that started before this one was last verified.
                 (None, Some(reported)) if reported < source.epochs.verified_until() => {
                     source.epoch() == conversation.epoch
                 }
@@ -76,7 +76,7 @@ async fn record(
     Ok(recorded.await?)
 }
 
-/// An advisor of an epoch. The journal stores the response, so that each is requested once.
+/// An advisor of an epoch. The journal stores the result, so that each advisor is requested once.
 pub async fn advisor(
     source: &Source,
     epoch: Epoch,
@@ -108,12 +108,12 @@ pub async fn advisor(
     if known == KnownAdvisor::Gone && source.epoch() == epoch {
         tracing::warn!(
             advisor = %id,
-            "BigChat does not know the advisor, or has no usable record; its chats have no agent until the next pass asks again"
+            "BigChat does not know the advisor, or has no usable record; the advisor's chats have no agent until the next pass asks again"
         );
     } else if known == KnownAdvisor::Gone {
         tracing::warn!(
             advisor = %id,
-            "BigChat has restarted and no longer knows the advisor; its chats stay without an agent"
+            "BigChat has restarted and no longer knows the advisor; the advisor's chats stay without an agent"
         );
     }
     let recorded = known.clone();
@@ -130,7 +130,7 @@ async fn is_same_epoch(source: &Source, epoch: Epoch) -> Result<bool, SourceErro
         ProbeResult::Restarted => Ok(false),
         ProbeResult::Same | ProbeResult::Unknown => Ok(source.epoch() == epoch),
         ProbeResult::Unanswered => {
-            Err(not_sent("BigChat did not answer whether it has restarted").into())
+            Err(not_sent("BigChat did not answer the probe for a restart").into())
         }
     }
 }
@@ -147,7 +147,8 @@ fn may_request(source: &Source) -> Result<(), ApiError> {
     }
 }
 
-/// Handles a failed request for a conversation or an advisor. Returns if BigChat denies it and that is believed.
+/// Handles a failed request for a conversation or an advisor. Returns `Ok` only if the failure is a denial that is
+/// believed.
 async fn denied(
     source: &Source,
     epoch: Epoch,
@@ -170,7 +171,7 @@ async fn denied(
     }
 }
 
-/// Requests details. A 404 is believed if it comes several times in a row.
+/// Requests details. A not-found response is believed if it comes several times in a row.
 pub(super) async fn request<T, F>(source: &Source, send: impl Fn() -> F) -> Result<T, ApiError>
 where
     F: Future<Output = Result<T, ApiError>>,

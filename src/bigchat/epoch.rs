@@ -1,8 +1,9 @@
 //! Detecting a restart of BigChat.
 //!
 //! A restarted BigChat has lost its data and reuses its ids, so only id and start time together identify a
-//! conversation. A known conversation with another start time proves a restart; a 404 or an error proves nothing.
-//! Conversation 1 exists from BigChat's start on, which makes it the best probe, whether the journal knows it or not.
+//! conversation. If BigChat reports another start time for a known conversation, it has restarted. A not-found response
+//! or an error proves nothing. Conversation 1 is the first after BigChat's start, which makes it the best probe,
+//! whether or not the journal knows it.
 
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
@@ -15,11 +16,11 @@ use crate::domain::ids::Epoch;
 use crate::domain::time::Timestamp;
 use crate::journal::{FirstConversation, JournalError, Probe, StoredPage};
 
-/// How many known conversations a probe requests at most, until BigChat reports the start of one. Conversation 1 may be
-/// requested in addition.
+/// Maximum number of known conversations that a probe requests until BigChat reports the start of one. Conversation 1
+/// may be requested in addition.
 const PROBE_CONVERSATIONS: u32 = 3;
 
-/// Attempts in a row for a request that fails transiently. About one request in twenty to BigChat does.
+/// Attempts in a row for a request that fails transiently, as about one request in twenty to BigChat does.
 const ATTEMPTS: u32 = 3;
 
 /// How many conversations of a page are requested to determine its epoch.
@@ -30,7 +31,8 @@ pub enum ProbeResult {
     Same,
     /// BigChat has restarted; the journal has a new epoch.
     Restarted,
-    /// There is no conversation to compare: the journal knows none, or BigChat reports no start of those.
+    /// There is no conversation to compare: the journal knows none, or BigChat does not report the start of any of
+    /// them.
     Unknown,
     Unanswered,
 }
@@ -42,7 +44,7 @@ pub async fn probe(source: &Source) -> Result<ProbeResult, JournalError> {
         .with(|store| store.probes(PROBE_CONVERSATIONS))
         .await?;
     let requested_at = source.clock().now();
-    // Conversation 1 is requested first. If a known conversation, requested after it, still has its known start,
+    // Conversation 1 is requested first. If a known conversation that is requested after it still has its known start,
     // BigChat has not restarted in between, so conversation 1 is of this epoch, too.
     let first = match probes.iter().any(|probe| probe.bigchat_id == 1) {
         true => None,
@@ -91,7 +93,7 @@ pub async fn probe(source: &Source) -> Result<ProbeResult, JournalError> {
 
 /// Begins the epoch after `epoch` in the journal, unless it exists already. BigChat has restarted: it reports a
 /// conversation that started at `started_at` in the new epoch. The new epoch begins with the start of its conversation
-/// 1, if that is known.
+/// 1 if that is known and earlier.
 pub async fn begin(
     source: &Source,
     epoch: Epoch,
@@ -119,11 +121,11 @@ pub async fn begin(
 }
 
 /// The epoch of a page; `None` if BigChat does not answer. Without a restart since the page was requested, it is the
-/// current one. Otherwise a message that an earlier epoch has, and the current one has not, determines it. Without one,
-/// a few conversations of the page are requested, the highest id first. The first that BigChat still knows and whose
-/// START is on the page determines it: with the same start time, the page is of the current epoch, else of an earlier
-/// one. So does a conversation that started after the page was served: the page is of an earlier epoch. Without these, a
-/// conversation that BigChat no longer knows shows the same. Without that, too, the time at which the page was served
+/// current one. Otherwise, a message that an earlier epoch has and the current one does not have determines it. Without
+/// one, a few conversations of the page are requested, the highest id first. The first of these that BigChat knows and
+/// whose START is on the page determines the epoch: it is the current one if the start times are equal, and otherwise
+/// an earlier one. The page is also of an earlier epoch if BigChat knows one that started after the page was served,
+/// or, failing that, if BigChat no longer knows one of them. Otherwise, the time at which the page was served
 /// determines the epoch.
 pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch>, JournalError> {
     if page.epoch.is_some() {
@@ -145,7 +147,7 @@ pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch
     let earlier = by_time.min(Epoch(current.0 - 1));
     let events = page.events();
     let mut is_gone = false;
-    // The highest first: so far, the new epoch has used only the lowest ids.
+    // The highest id first: so far, the new epoch has used only the lowest ids.
     let ids: BTreeSet<_> = events
         .iter()
         .map(|event| Reverse(event.conversation))

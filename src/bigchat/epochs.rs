@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
 use crate::domain::ids::Epoch;
 use crate::domain::time::Timestamp;
 
-/// After this many probes, a missing conversation 1 is requested again: with a probe every 10 s, about ten minutes.
+/// A missing conversation 1 is requested again at least once in this many probes: with a probe every 10 s, about every
+/// ten minutes.
 const FIRST_CONVERSATION_AGAIN: u32 = 64;
 
 #[derive(Debug, Default)]
@@ -26,7 +27,8 @@ impl Epochs {
         }
     }
 
-    /// The current epoch. In memory, since delivery checks it for each use of details and must not wait for a commit.
+    /// The current epoch. It is in memory, since delivery checks it for each use of details and must not wait for a
+    /// commit.
     pub(super) fn current(&self) -> Epoch {
         Epoch(self.current.load(Ordering::Acquire))
     }
@@ -42,13 +44,14 @@ impl Epochs {
         Timestamp::clamped(self.verified_until.load(Ordering::Relaxed))
     }
 
-    /// BigChat had not restarted by `at`. May move back, since BigChat's clock may have been ahead for a while.
+    /// Records that BigChat had not restarted by `at`. The recorded time may move back, since BigChat's clock may have
+    /// been ahead for a while.
     pub(super) fn verified(&self, at: Timestamp) {
         self.verified_until.store(at.unix(), Ordering::Relaxed);
     }
 
-    /// Whether the latest request for events succeeded, or one for details since. Only then is a 404 for other details
-    /// believed.
+    /// Whether the latest request for events succeeded, or a request for details since then. Only then is a not-found
+    /// response for other details believed.
     pub(super) fn answers(&self) -> bool {
         self.answers.load(Ordering::Relaxed)
     }
@@ -57,8 +60,8 @@ impl Epochs {
         self.answers.store(succeeded, Ordering::Relaxed);
     }
 
-    /// Whether to request BigChat's conversation 1. A BigChat that does not know it may still be starting, or have none
-    /// at all, so it is requested less and less often.
+    /// Whether to request BigChat's conversation 1. If BigChat does not know it, BigChat may have just started, or may
+    /// not have a conversation 1 at all, so it is requested less and less often.
     pub(super) fn requests_first_conversation(&self) -> bool {
         let probes = self.probes_without_first.load(Ordering::Relaxed);
         let requests = probes.is_power_of_two() || probes.is_multiple_of(FIRST_CONVERSATION_AGAIN);

@@ -1,5 +1,5 @@
 //! BigChat: the client, the clock, the epochs (from one restart to the next), and the details of conversations and
-//! advisors, always of the requested epoch. The [`poller`](crate::poller) chooses the windows.
+//! advisors, which are checked to be of the requested epoch. The [`poller`](crate::poller) chooses the windows.
 
 mod client;
 pub mod clock;

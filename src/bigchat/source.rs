@@ -56,21 +56,22 @@ impl Source {
         self.epochs.current()
     }
 
-    /// Requests a page of events, at most `attempts` times in a row while that fails transiently.
+    /// Requests a page of events, at most `attempts` times in a row while this fails transiently.
     pub async fn events(&self, query: &str, attempts: u32) -> Result<Page, ApiError> {
         let page = self.request(attempts, || self.client.events(query)).await;
         self.epochs.answered(page.is_ok());
         page
     }
 
-    /// The same for the details of a conversation. They are of BigChat's present epoch, which the caller has to check.
+    /// The same for the details of a conversation. They belong to BigChat's present epoch, which the caller has to
+    /// check.
     pub(super) async fn conversation(&self, id: i64, attempts: u32) -> Result<Details, ApiError> {
         self.request(attempts, || self.client.conversation(id))
             .await
             .inspect(|_| self.epochs.answered(true))
     }
 
-    /// The same for an advisor, once. One without a usable record is not found, either.
+    /// Requests an advisor, once. An advisor without a usable record counts as not found.
     pub(super) async fn advisor(&self, id: AdvisorId) -> Result<Advisor, ApiError> {
         let advisor = self.client.advisor(id.0).await?;
         self.epochs.answered(true);
@@ -84,7 +85,8 @@ impl Source {
         })
     }
 
-    /// Whether BigChat no longer knows a conversation or an advisor. A 404 is believed only while BigChat answers.
+    /// Whether BigChat does not know a conversation or an advisor. A not-found response is believed only while BigChat
+    /// answers.
     pub(super) fn is_gone(&self, error: &ApiError) -> bool {
         error.is_not_found() && self.epochs.answers()
     }

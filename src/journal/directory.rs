@@ -11,15 +11,15 @@ use crate::domain::ids::{AdvisorId, Epoch};
 use crate::domain::named::named;
 use crate::domain::time::{Millis, Timestamp};
 
-/// For how many minutes a loss is recent.
+/// For how many minutes a loss counts as recent.
 pub(super) const LOSS_MINUTES: i64 = 60;
 
-/// How many denials are believed. A few may be passing: of an instance that lags behind the others at the same address,
-/// or of another service that answers for a while.
+/// How many denials must be counted before they are believed. A few may be temporary: from an instance that lags behind
+/// the others at the same address, or from another service that answers for a while.
 pub(super) const BELIEVED_DENIALS: u32 = 3;
 
 named! {
-    /// What an API denies: "no" is its answer.
+    /// What an API denies, because it does not know or accept it.
     Denial {
         /// BigChat does not know the conversation.
         Conversation = "conversation",
@@ -57,7 +57,7 @@ pub enum KnownAdvisor {
         /// The address identifies the advisor.
         email: String,
     },
-    /// BigChat no longer knows it.
+    /// BigChat does not know the advisor, or has no usable record.
     Gone,
 }
 
@@ -66,7 +66,7 @@ pub enum KnownAdvisor {
 pub enum KnownAgent {
     /// OurAPI's agent with that address.
     Agent(Uuid),
-    /// OurAPI permanently rejects the agent.
+    /// OurAPI does not accept the agent.
     Refused,
 }
 
@@ -132,8 +132,8 @@ impl Store {
         record_details(&self.connection, epoch, bigchat_id, started_at, advisor)
     }
 
-    /// BigChat has restarted since `epoch`, at `began_at` or before. From then on ids mean new conversations and
-    /// advisors. Returns the new epoch; `None` if another caller has begun one already.
+    /// Begins a new epoch, because BigChat has restarted since `epoch`, at `began_at` or before. Since then, ids mean
+    /// new conversations and advisors. Returns the new epoch; `None` if another caller has begun one already.
     pub fn start_epoch(
         &mut self,
         epoch: Epoch,
@@ -160,7 +160,7 @@ impl Store {
         Ok(Some(epoch))
     }
 
-    /// What is known about an advisor; `None`: nothing.
+    /// What is known about an advisor; `None`: nothing is known.
     pub fn advisor(&mut self, epoch: Epoch, bigchat_id: AdvisorId) -> Result<Option<KnownAdvisor>> {
         let row: Option<(Option<String>, Option<String>)> = self
             .connection
@@ -200,7 +200,7 @@ impl Store {
             )?)
     }
 
-    /// Records the answer for an advisor.
+    /// Records BigChat's answer about an advisor.
     pub fn record_advisor(
         &mut self,
         epoch: Epoch,
@@ -269,7 +269,7 @@ impl Store {
         Ok(())
     }
 
-    /// The e-mail address of an agent as OurAPI spells it, if the agent is one of ours.
+    /// The e-mail address of an agent as OurAPI spells it, if the journal has the agent.
     pub fn email_of(&mut self, agent: Uuid) -> Result<Option<String>> {
         Ok(self
             .connection
@@ -325,8 +325,8 @@ impl Store {
     }
 }
 
-/// Forgets which advisors BigChat denies, and which agents OurAPI does, so that they are asked again. A single denial is
-/// then believed. An advisor of an earlier epoch stays unknown.
+/// Forgets which advisors BigChat denies and which agents OurAPI denies, so that they are asked for again. Their
+/// denials stay counted, so a single further one is believed. Advisors of earlier epochs stay denied.
 pub(super) fn forget_denials(connection: &Connection) -> Result<()> {
     connection.execute("DELETE FROM agents WHERE agent_id IS NULL", [])?;
     connection.execute(

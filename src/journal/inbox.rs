@@ -1,4 +1,4 @@
-//! What the poller stores: the cursor, the pages of the poll in progress, and their events.
+//! What the poller stores: the cursor, the pages of the unfinished window, and their events.
 
 use rusqlite::{OptionalExtension, Transaction, named_params, params};
 
@@ -11,12 +11,12 @@ use crate::domain::time::{Millis, Timestamp};
 use crate::domain::window::Window;
 use crate::http::shortened;
 
-/// In seconds: BigChat's `date` header lags behind its clock by up to 1.5 s. A page of a new epoch may seem to have
+/// In seconds. BigChat's `date` header lags behind its clock by up to 1.5 s, so a page of a new epoch may seem to have
 /// been served before the restart.
 const DATE_LAG: i64 = 2;
 
-/// The oldest time for which BigChat still answers may advance while the end of a gap is searched. An advance of up to
-/// this many seconds is not a new gap.
+/// The oldest time for which BigChat still answers may advance during the search for the end of a gap. An advance of up
+/// to this many seconds is not a new gap.
 const GAP_MARGIN: i64 = 60;
 
 /// Moves the cursor to `:cursor`, if there is one, at `:now`.
@@ -31,20 +31,21 @@ macro_rules! moves_cursor {
 /// of rows.
 const MAX_UNREADABLE: usize = 100_000;
 
-/// How far BigChat was read, and the poll in progress.
+/// How far BigChat was read, and the unfinished window.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PollState {
     /// The time up to which BigChat was read, by its clock; `None` before the first poll.
     pub cursor: Option<Timestamp>,
-    pub poll: Option<PollInProgress>,
-    /// How many more polls may find nothing new in a window that is read again from its beginning.
+    pub unfinished: Option<UnfinishedWindow>,
+    /// How many more polls may use up their page budget in a window that is read again from its beginning, even if they
+    /// find nothing new.
     pub rescans_left: u32,
     /// When a window was last read to its end.
     pub polled_at: Option<Millis>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PollInProgress {
+pub struct UnfinishedWindow {
     pub window: Window,
     /// The query of the next page; `None`: the last page is stored.
     pub next: Option<String>,
@@ -55,26 +56,26 @@ pub struct PollInProgress {
 pub struct NewPage {
     /// The query of its request.
     pub query: String,
-    /// The latest known epoch when the page was requested: the page belongs to that or a later one.
+    /// The latest known epoch when the page was requested. The page belongs to this epoch or a later one.
     pub requested_in: Epoch,
     /// BigChat's clock when the page was served: the date of the response, even if that is not believed.
     pub served_at: Timestamp,
-    /// The window of the poll.
+    /// The window that is being read.
     pub window: Window,
     /// The body.
     pub body: String,
     /// The number of events on it.
     pub events: usize,
-    /// How the poll continues.
-    pub progress: PollProgress,
+    /// How the window continues.
+    pub progress: WindowProgress,
 }
 
-/// How a poll continues after a page.
+/// How a window continues after a page.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum PollProgress {
-    /// With the page of that query.
+pub enum WindowProgress {
+    /// With the page of this query.
     Next(String),
-    /// Not at all: this was the last page, and BigChat was read up to that time.
+    /// Not at all: this was the last page, and BigChat was read up to this time.
     Complete(Timestamp),
 }
 
@@ -97,7 +98,8 @@ pub struct StoredPage {
     pub requested_in: Epoch,
     /// The epoch to which it belongs, once that is certain.
     pub epoch: Option<Epoch>,
-    /// The retention may have dropped events of its window. If it reports them again, they were delivered before.
+    /// Whether events of its window may have been dropped after the retention period. If the page has them again, they
+    /// were delivered before.
     pub may_be_dropped: bool,
 }
 
@@ -152,7 +154,7 @@ pub struct Ingested {
     pub unreadable: usize,
     /// Events dropped by `--ignore-events`.
     pub ignored: usize,
-    /// Whether the page had any event that was not known. Ignored and unparsable events do not count as known.
+    /// Whether the page had any event that was not known. Ignored and unparsable events never count as known.
     pub progress: bool,
     /// New events by kind.
     pub received: Vec<(&'static str, u32)>,
@@ -161,7 +163,7 @@ pub struct Ingested {
 }
 
 impl Store {
-    /// How far BigChat was read, and the poll in progress.
+    /// How far BigChat was read, and the unfinished window.
     pub fn poll_state(&mut self) -> Result<PollState> {
         Ok(self.connection.query_row(
             "SELECT cursor, window_start, window_end, next_query, rescans_left, polled_at FROM poll_state",
@@ -171,7 +173,7 @@ impl Store {
                 let next = row.get(3)?;
                 Ok(PollState {
                     cursor: row.get(0)?,
-                    poll: window.map(|(start, end)| PollInProgress {
+                    unfinished: window.map(|(start, end)| UnfinishedWindow {
                         window: Window { start, end },
                         next,
                     }),
@@ -182,7 +184,7 @@ impl Store {
         )?)
     }
 
-    /// Sets the cursor before the first poll, and drops a poll in progress.
+    /// Sets the cursor, and drops the unfinished window.
     pub fn set_cursor(&mut self, cursor: Timestamp, now: Millis) -> Result<()> {
         self.connection.execute(
             "UPDATE poll_state SET cursor = ?1, cursor_moved_at = ?2,
@@ -194,7 +196,7 @@ impl Store {
 
     /// Records that BigChat no longer reports events between the old cursor and `ends_at`, and sets the new `cursor`.
     /// The next window starts at `ends_at`, which is `cursor` minus the overlap. Returns the start of the gap if it is
-    /// new, and not the rest of a known one.
+    /// new, and not the continuation of a known gap.
     pub fn skip_gap(
         &mut self,
         ends_at: Timestamp,
@@ -233,7 +235,7 @@ impl Store {
         Ok(new)
     }
 
-    /// The pages of the poll in progress, in order of arrival.
+    /// The pages of the unfinished window, in order of arrival.
     pub fn stored_pages(&mut self) -> Result<Vec<StoredPage>> {
         let mut statement = self.connection.prepare_cached(
             "SELECT id, query, served_at, window_start, body, ingested, requested_in FROM inbox ORDER BY id",
@@ -254,7 +256,7 @@ impl Store {
         Ok(pages.collect::<rusqlite::Result<_>>()?)
     }
 
-    /// Stores a page and how its poll continues, durably and in one transaction. Returns its id.
+    /// Stores a page and how its window continues, durably and in one transaction. Returns the page's id.
     pub fn store_page(&mut self, page: &NewPage) -> Result<i64> {
         self.in_place()?;
         let transaction = self.begin()?;
@@ -274,8 +276,8 @@ impl Store {
                 |row| row.get(0),
             )?;
         let (next, cursor) = match &page.progress {
-            PollProgress::Next(query) => (Some(query), None),
-            PollProgress::Complete(cursor) => (None, Some(cursor)),
+            WindowProgress::Next(query) => (Some(query), None),
+            WindowProgress::Complete(cursor) => (None, Some(cursor)),
         };
         transaction.execute(
             concat!(
@@ -291,8 +293,8 @@ impl Store {
         Ok(id)
     }
 
-    /// The epoch of a page by the time at which it was served, and by BigChat's time `now`. If the page seems to be
-    /// served later than now, the latest restart has set the clock back, and the page is from before it.
+    /// The epoch of a page, given the time at which it was served and BigChat's time `now`. If the page seems to have
+    /// been served after `now`, the latest restart has set the clock back, and the page is from before it.
     pub fn epoch_at(&mut self, served_at: Timestamp, now: Timestamp) -> Result<Epoch> {
         Ok(self
             .connection
@@ -316,9 +318,9 @@ impl Store {
         Ok(self.latest_epoch_of(event)?.is_some())
     }
 
-    /// The earlier epoch of the first of these messages that the journal has in one, but not in the `current` epoch.
-    /// BigChat reports events of the last seconds again. Only for messages: it repeats other events, too, but the epochs
-    /// may have equal ones.
+    /// The latest epoch of the first of these messages that the journal has in an earlier epoch, but not in the
+    /// `current` one. Epochs before `earliest` do not count. BigChat reports the events of the last seconds again, so
+    /// such a message shows the epoch of its page. Other events do not, because several epochs may have equal ones.
     pub fn earlier_epoch(
         &mut self,
         messages: &[Event],
@@ -353,8 +355,8 @@ impl Store {
     }
 
     /// Ingests the events of a stored page into their conversations in the page's epoch. An event is new if the journal
-    /// has fewer equal ones than the poll has `received`. The conversations of new events become due. If the events may
-    /// have been delivered before, the chats are read again first.
+    /// has fewer equal ones than were `received` on the stored pages. The conversations of new events become due. If
+    /// delivered events of the page may have been dropped, the chats are read back first.
     pub fn ingest(
         &mut self,
         page: &StoredPage,
@@ -388,7 +390,7 @@ impl Store {
                 .map(|new| {
                     ingested.new += usize::from(new);
                     counts.of(Some(event.kind)).received += u32::from(new);
-                    // A time in the future says nothing about the age of the events.
+                    // A time in the future does not show how old the event is.
                     newest = newest.max(Some(event.at.min(page.served_at)));
                 }),
                 Err(reason) => {
@@ -438,8 +440,8 @@ impl Store {
         Ok(ingested)
     }
 
-    /// Ends the poll in progress, whose window was read. `cursor`: the time up to which BigChat was read.
-    /// `clock_ahead`: by how many seconds BigChat's clock was ahead of this machine's.
+    /// Records that a window was read to its end, and drops its pages. `cursor`: the time up to which BigChat was read.
+    /// `clock_ahead`: by how many seconds BigChat's clock is ahead of this machine's.
     pub fn end_poll(&mut self, cursor: Timestamp, now: Millis, clock_ahead: i64) -> Result<()> {
         let transaction = self.begin()?;
         transaction.execute("DELETE FROM inbox", [])?;
@@ -457,8 +459,7 @@ impl Store {
         Ok(())
     }
 
-    /// Drops the poll in progress, so that its window is read again from its beginning. `rescans_left`: see
-    /// [`PollState`].
+    /// Drops the unfinished window, so that it is read again from its beginning. `rescans_left`: see [`PollState`].
     pub fn read_again(&mut self, rescans_left: u32) -> Result<()> {
         let transaction = self.begin()?;
         transaction.execute("DELETE FROM inbox", [])?;
@@ -470,7 +471,7 @@ impl Store {
         Ok(())
     }
 
-    /// Counts another poll in a window that is read again.
+    /// Counts a poll that used up its page budget in a window that is read again.
     pub fn rescan(&mut self) -> Result<()> {
         self.connection.execute(
             "UPDATE poll_state SET rescans_left = rescans_left - 1 WHERE rescans_left > 0",
@@ -479,7 +480,7 @@ impl Store {
         Ok(())
     }
 
-    /// Deletes the stored pages, after all their events were ingested.
+    /// Deletes the stored pages. All their events must have been ingested.
     pub fn forget_pages(&mut self) -> Result<()> {
         self.connection.execute("DELETE FROM inbox", [])?;
         Ok(())
@@ -495,7 +496,7 @@ impl Store {
     }
 }
 
-/// Ingests one event, unless the journal has as many equal ones as were received. Returns whether it is new.
+/// Ingests one event, unless the journal already has as many equal ones as were received. Returns whether it is new.
 fn ingest(
     transaction: &Transaction<'_>,
     epoch: Epoch,
@@ -512,7 +513,7 @@ fn ingest(
         forget::settle(transaction, known.id, now)?;
         return Ok(true);
     }
-    // The conversation is made due, unless it waits for its next attempt.
+    // The conversation becomes due, unless it is waiting for its next attempt.
     transaction
         .prepare_cached(
             "UPDATE conversations SET waiting = waiting + 1, waiting_since = coalesce(waiting_since, ?2),
@@ -527,7 +528,7 @@ fn ingest(
 #[derive(Debug, Clone, Copy)]
 struct Known {
     id: ConversationId,
-    /// Its events are stored without data.
+    /// Whether its events are stored without data.
     is_forgotten: bool,
 }
 
@@ -546,7 +547,8 @@ fn last_event(connection: &rusqlite::Connection) -> Result<EventId> {
     )
 }
 
-/// The conversation of an event. It is inserted if it is new. A START sets its start time, unless one is known.
+/// The conversation of an event, which is inserted if it is new. A START sets its start time, unless it is known
+/// already.
 fn conversation(transaction: &Transaction<'_>, epoch: Epoch, event: &Event) -> Result<Known> {
     let started_at = (event.kind == EventKind::Start).then_some(event.at);
     let known: Option<(Known, Option<Timestamp>)> = transaction
@@ -669,8 +671,8 @@ fn insert_unreadable(
 }
 
 /// Parses an unparsable dead letter again, for example after an upgrade of the program. If that succeeds, the event
-/// replaces the dead letter, in the conversation of its epoch and as often as it was received. Returns whether it
-/// succeeded; if not, the reason is updated.
+/// replaces the dead letter, in the conversation of its epoch and as often as it was received. Otherwise, the reason is
+/// updated. Returns whether parsing succeeded.
 pub(super) fn ingest_dead_letter(
     transaction: &Transaction<'_>,
     id: EventId,

@@ -56,7 +56,7 @@ pub use directory::{Denial, FirstConversation, KnownAdvisor, KnownAgent, Probe};
 pub use error::OpenError;
 pub use export::{Exported, Position};
 pub use forget::Forgotten;
-pub use inbox::{Ingested, NewPage, PollInProgress, PollProgress, PollState, StoredPage, keys};
+pub use inbox::{Ingested, NewPage, PollState, StoredPage, UnfinishedWindow, WindowProgress, keys};
 pub use queue::{ClaimRequest, Claimed};
 pub use retention::Pruned;
 pub use sessions::{Intervals, LastEnd, ReplayUntil, Session};

@@ -187,7 +187,7 @@ mod tests {
     use crate::domain::dedupe::Counts;
     use crate::domain::ids::Epoch;
     use crate::domain::window::Window;
-    use crate::journal::{NewPage, PollProgress};
+    use crate::journal::{NewPage, WindowProgress};
 
     const DAY: i64 = 86_400;
     const RETENTION: Duration = Duration::from_secs(30 * 86_400);
@@ -204,7 +204,7 @@ mod tests {
             window: Window { start: at, end: at },
             body: format!(r#"{{"events":[{}]}}"#, events.join(",")),
             events: events.len(),
-            progress: PollProgress::Complete(cursor),
+            progress: WindowProgress::Complete(cursor),
         };
         store.store_page(&page).expect("a stored page");
         let now = Millis(at.unix() * 1000);

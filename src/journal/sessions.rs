@@ -25,7 +25,7 @@ pub struct Session {
     pub epoch: Epoch,
     /// How many writes have succeeded so far.
     pub writes_succeeded: i64,
-    /// How many losses of OurAPI there have been.
+    /// How many losses in OurAPI there have been.
     pub losses: i64,
     pub last_end: LastEnd,
     /// The latest pause, unless it was ended.
@@ -35,14 +35,15 @@ pub struct Session {
 /// How the last process that sent requests to OurAPI ended.
 #[derive(Debug, Clone, Copy)]
 pub struct LastEnd {
-    /// It gave up no request in flight, and committed everything.
+    /// Whether it gave up no request in flight and committed everything.
     pub clean: bool,
-    /// OurAPI may carry out requests that timed out until then, by this machine's clock.
+    /// The time until which OurAPI may still carry out requests that timed out, by this machine's clock.
     pub timed_out_until: Millis,
 }
 
-/// The latest event that another copy of the database may have delivered: it waited when the session started, or its
-/// window began before that. Polling raises it, and delivery reads it.
+/// The latest event that may have been delivered without a record in this journal: it arrived before the session, its
+/// window starts before the session, or delivered events of its window may have been dropped. Polling raises it, and
+/// delivery reads it.
 #[derive(Debug, Clone, Default)]
 pub struct ReplayUntil(Arc<AtomicI64>);
 
@@ -61,7 +62,7 @@ impl ReplayUntil {
     }
 }
 
-/// The settings of a session by which its progress is judged, also by another process.
+/// The settings of a session by which its own and other processes judge its progress.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Intervals {
     /// Time between polls.
@@ -78,7 +79,7 @@ impl Store {
         let (pause, _) = pause::latest(&transaction)?;
         // OurAPI or BigChat may have been repaired since.
         forget_denials(&transaction)?;
-        // Waiting events are read back anyway.
+        // Chats with waiting events are read back anyway.
         transaction.execute("DELETE FROM credits", [])?;
         let session = transaction.query_row(
             "UPDATE control SET session = session + 1, clean_end = 0, poll_interval = ?1, verify_every = ?2
@@ -113,7 +114,7 @@ impl Store {
         Ok(session)
     }
 
-    /// From now on this process counts as ended uncleanly, until [`Self::end_session`].
+    /// Makes this process count as ended uncleanly until [`Self::end_session`]. Returns how the previous one ended.
     pub fn begin_requests(&mut self) -> Result<LastEnd> {
         let transaction = self.begin()?;
         let last_end = last_end(&transaction)?;

@@ -1,5 +1,5 @@
-//! What `bigchat-sync status`, the console and the metrics show of the journal. Its cost does not grow with the number
-//! of events, except for the counts of waiting and failed ones, which scan an index.
+//! What `bigchat-sync status`, the console and the metrics show of the journal. The cost does not grow with the number
+//! of events, except for the counts of waiting and failed events, which scan an index.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ use crate::domain::pause::Pause;
 use crate::domain::time::{Millis, Timestamp};
 use crate::http::{Api, ApiStatus};
 
-/// Over how many of the latest deliveries the delivery times are measured.
+/// The number of latest deliveries whose delivery times are measured.
 const DELIVERIES: u32 = 1_000;
 
 /// The maximum age of these deliveries.
@@ -33,13 +33,13 @@ const GROUPS: u32 = 100;
 /// The maximum number of differing chats shown.
 const DIFFERING: u32 = 10;
 
-/// The maximum number of advisors shown of each reason.
+/// The maximum number of advisors shown for each reason.
 const ADVISORS: usize = 10;
 
 /// The maximum number of gaps shown.
 const GAPS: u32 = 10;
 
-/// The rates are averages over this many minutes and the current one, or fewer if the first event is more recent.
+/// The rates are averages over this many minutes and the current one, or over fewer if the first event is more recent.
 const RATE_MINUTES: i64 = 5;
 
 /// Failed events of one reason.
@@ -96,7 +96,7 @@ pub struct DeliveryTimes {
     pub count: usize,
 }
 
-/// The latest pass in idle time that verifies all chats.
+/// The latest pass, which verifies all chats in idle time.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Verification {
     pub began_at: Millis,
@@ -134,7 +134,7 @@ pub struct Figures {
     pub bigchat: ApiStatus,
     /// OurAPI.
     pub our_api: ApiStatus,
-    /// Time between polls of the daemon that runs, or ran last, in seconds.
+    /// Time between polls of the daemon that is running or ran last, in seconds.
     pub poll_interval_s: f64,
     /// The period in which it verifies each chat, in seconds; `None`: it does not verify chats in idle time.
     pub verify_every_s: Option<f64>,
@@ -148,7 +148,7 @@ pub struct Figures {
     pub clock_ahead_s: Option<i64>,
     /// When the cursor last changed, by this machine's clock.
     pub cursor_moved_at: Option<Millis>,
-    /// Periods that BigChat no longer reports and that were not read, the latest first.
+    /// Periods that BigChat no longer reports and that were not read, latest first.
     pub gaps: Vec<Gap>,
     /// The latest time of any event received, by BigChat's clock.
     pub newest_event_at: Option<Timestamp>,
@@ -156,35 +156,35 @@ pub struct Figures {
     pub paused: Option<Pause>,
     /// When the latest pause ended.
     pub resumed_at: Option<Millis>,
-    /// How many events wait.
+    /// How many events are waiting.
     pub waiting: u64,
     /// The event that has waited longest.
     pub oldest_waiting: Option<Oldest>,
     /// How many events are dead letters that need action.
     pub failed: u64,
-    /// The oldest of these, grouped by reason, the most frequent first.
+    /// The oldest of these, grouped by reason, most frequent first.
     pub failed_by_reason: Vec<Group>,
-    /// How many events were received in a minute, over the last five or six.
+    /// How many events were received per minute, over the last five or six minutes.
     pub received_per_minute: f64,
-    /// How many were delivered.
+    /// How many events were delivered per minute, over the same time.
     pub delivered_per_minute: f64,
     /// How long recent deliveries took.
     pub delivery_ms: Option<DeliveryTimes>,
     /// How many chats are still to be verified, or checked after a loss.
     pub rebuilding: u64,
-    /// The pass in idle time that verifies all chats; `None`: there was none yet.
+    /// The latest pass, which verifies all chats in idle time; `None`: there has been none.
     pub verification: Option<Verification>,
     /// How many chats have fields that another client has changed.
     pub drifted: u64,
-    /// How many chats have lost something in OurAPI that was not restored.
+    /// How many chats OurAPI has lost, in whole or in part, that were not restored.
     pub incomplete: u64,
-    /// Some of these chats.
+    /// Some of the chats that differ.
     pub differing: Vec<DifferingChat>,
-    /// The advisors without an agent, whose chats have none either.
+    /// The advisors without an agent. Their chats have no agent either.
     pub without_agent: Vec<WithoutAgent>,
     /// How many times OurAPI was found to have lost data.
     pub losses: u64,
-    /// How many times within the last hour.
+    /// How many of these losses were found within the last hour.
     pub recent_losses: u64,
     /// How many times BigChat was found to have restarted.
     pub restarts: u64,
@@ -238,7 +238,7 @@ impl Store {
             gaps: gaps(&transaction)?,
             newest_event_at: source.newest_event,
             paused,
-            // Without a daemon the end of a pause is not recorded.
+            // If no daemon is running, the end of a pause is not recorded.
             resumed_at: match paused {
                 Some(_) => None,
                 None => resumed_at.or(pause.and_then(|pause| pause.until)),

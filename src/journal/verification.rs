@@ -1,9 +1,9 @@
-//! Which chats are to be verified, by hand or in idle time, the progress, and what was found. The process that delivers
-//! does the work.
+//! Verifications, by command or in idle time: which chats are to be verified, the progress, and the findings. The
+//! process that delivers does the work.
 //!
-//! A request is a row with a number. A chat waits for it as long as the number of its own latest verification is
-//! smaller, so that the cost of a request does not grow with the chats. The pass in idle time is such a request, with
-//! the lowest priority. Its row stays, because its end decides when the next pass begins.
+//! A request is a row with a number. A chat waits for the request while the number of the chat's latest verification is
+//! smaller, so the cost of a request does not grow with the number of chats. The pass in idle time is such a request,
+//! with the lowest priority. Its row stays, because its end decides when the next pass begins.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -29,7 +29,7 @@ const DROPPED_AFTER: Duration = Duration::from_secs(30 * 24 * 3600);
 pub enum Scope {
     /// All that have a chat and events.
     All,
-    /// Those with this id of BigChat, in any epoch.
+    /// Those with this BigChat id, in any epoch.
     Conversation(i64),
 }
 
@@ -45,7 +45,7 @@ pub struct VerificationProgress {
     pub differing: u64,
     /// Messages that were missing.
     pub messages: u64,
-    /// Events of the differing chats that still wait to be sent again.
+    /// Events of the differing chats that are still waiting to be sent again.
     pub waiting: u64,
 }
 
@@ -66,7 +66,7 @@ impl VerificationProgress {
         self.verified + self.left
     }
 
-    /// Whether all chats are verified and missing data was sent.
+    /// Whether all chats are verified, and all missing data was sent.
     pub fn is_done(&self) -> bool {
         self.left == 0 && self.waiting == 0
     }
@@ -83,7 +83,7 @@ pub(super) struct Pass {
 }
 
 impl Pass {
-    /// Whether the next pass is to begin: early enough to end in time if it takes as long as this one.
+    /// Whether the next pass is to begin, early enough that it ends in time if it takes as long as this one.
     fn is_over(&self, every: Duration, now: Millis) -> bool {
         let Some(ended_at) = self.ended_at else {
             return false;
@@ -97,7 +97,7 @@ impl Pass {
 }
 
 impl Store {
-    /// Why no requests are sent to OurAPI now, as far as the delivering process has stored it.
+    /// Why no requests are sent to OurAPI now, as last stored by the delivering process.
     pub fn our_api_waits_for(&mut self, now: Millis) -> Result<Option<String>> {
         if let Some(pause) = self.pause()?.filter(|pause| pause.left(now).is_some()) {
             return Ok(Some(format!(
@@ -109,15 +109,15 @@ impl Store {
         Ok(match (status.rate_limit, status.state, status.since) {
             (None, ApiState::Down, Some(since)) => {
                 let problem = reason.unwrap_or_default();
-                Some(format!("OurAPI is down since {since}: {problem}"))
+                Some(format!("OurAPI has been down since {since}: {problem}"))
             }
             (Some(_), ..) => reason,
             _ => None,
         })
     }
 
-    /// Requests that chats be verified, and repaired if `repair`. Returns the request's id; `None`: there are no such
-    /// chats.
+    /// Requests that chats be verified, and also repaired if `repair` is true. Returns the request's id; `None`: there
+    /// are no such chats.
     pub fn request_verification(
         &mut self,
         scope: Scope,
@@ -190,7 +190,7 @@ impl Store {
         })
     }
 
-    /// Whether an event of the conversation was delivered since then.
+    /// Whether an event of the conversation was delivered after `since`.
     pub fn was_delivered_since(
         &mut self,
         conversation: ConversationId,
@@ -334,7 +334,8 @@ pub(super) fn left(
         .query_row(params![verification, conversation], count)?)
 }
 
-/// The chats that wait for verification `?1`, all or those of conversation `?2`, as SQL that uses the index of either.
+/// SQL for the chats that wait for verification `?1`: all of them, or only those of conversation `?2`. Uses the index
+/// for either case.
 fn unverified(conversation: Option<i64>) -> &'static str {
     match conversation {
         None => "FROM conversations WHERE verified_in < ?1 AND ?2 IS NULL",
@@ -351,7 +352,7 @@ fn pending(
     at_most: usize,
     now: Millis,
 ) -> Result<Vec<ConversationId>> {
-    // A chat that could not be read is due later, and others go first.
+    // A chat that could not be read is due later, so that others go first.
     let sql = format!(
         "SELECT id {} AND (due_at IS NULL OR due_at <= ?3) ORDER BY verified_in, id LIMIT ?4",
         unverified(conversation)
@@ -368,8 +369,8 @@ fn pending(
     Ok(pending)
 }
 
-/// Adds chats that the `verify` command has requested to the claimed work. Waiting events of their conversations
-/// continue to wait.
+/// Adds the chats that `verify` has requested to the claimed work. Waiting events of their conversations continue to
+/// wait.
 pub(super) fn claim_verifications(
     connection: &Connection,
     request: &ClaimRequest,
@@ -450,7 +451,7 @@ pub(super) fn record_finding(
         found.missing.messages,
         fields
     ];
-    // A request that no longer exists was withdrawn.
+    // A withdrawn request no longer has a row.
     connection
         .prepare_cached(
             "UPDATE verifications SET verified = verified + 1, missing = missing + (?4 = 'missing'),

@@ -1,4 +1,4 @@
-//! Ingestion: appends the events of stored pages to the journal, once their epoch is known.
+//! Ingestion: appends the events of stored pages to the journal once the epoch of the pages is known.
 
 use std::time::Duration;
 
@@ -12,25 +12,25 @@ use crate::domain::ids::Epoch;
 use crate::domain::time::Millis;
 use crate::journal::{JournalError, StoredPage};
 
-/// After this many polls without a response to the probe, BigChat counts as not restarted. Events of a new epoch would
-/// then be mixed with those of the old one, and waiting costs only time, so there are many.
+/// After this many polls without a response to the probe, BigChat counts as not restarted. If it has restarted
+/// nevertheless, the events of two epochs are mixed, while waiting costs only time. The number is therefore large.
 const MAX_FAILED_PROBES: u32 = 30;
 
 impl Poller {
-    /// Ingests the stored pages. Returns whether there was an event that was not known already.
+    /// Ingests the stored pages. Returns whether any event was not known already.
     pub(super) async fn ingest(&mut self, pages: &mut Pages) -> Result<bool, PollError> {
         self.detect_restart(pages).await?;
         if !pages.has_new() {
             return Ok(false);
         }
-        // This machine's clock may be wrong. Until BigChat's time is known, every window counts as begun before the
-        // session.
+        // This machine's clock may be wrong. Until BigChat's time is known, every window counts as one that starts
+        // before the session.
         let now = self.source.clock().now();
         let started_at = now.map(|now| now.minus(self.created_at.elapsed()));
         self.started_at = self.started_at.max(started_at);
         let mut epochs = Vec::new();
         for page in &mut pages.new {
-            // The window has begun again, because BigChat's clock was set back.
+            // True if the window goes back to dropped events, because BigChat's clock was set back.
             page.may_be_dropped = Some(page.window_start) < self.dropped_before;
             epochs.push(self.epoch_of(page).await?);
         }
@@ -39,7 +39,7 @@ impl Poller {
         let (counts, mark) = (pages.counts(), self.signals.replay_until.clone());
         let (ignore, started_at) = (self.settings.ignore_events.clone(), self.started_at);
         // All in one operation, so that delivery merges the changes of a chat across pages. If the journal refuses a
-        // page, the ones before it are ingested nevertheless, and the next poll loads the rest.
+        // page, the pages before it are ingested nevertheless, and the next poll loads the rest.
         let (all, result) = self
             .journal
             .with(move |store| {
@@ -52,7 +52,7 @@ impl Poller {
                     };
                     let before_session = started_at.is_none_or(|at| page.window_start < at);
                     if before_session || page.may_be_dropped {
-                        // Before delivery can claim these events.
+                        // This must happen before delivery can claim these events.
                         mark.raise(ingested.last_event);
                     }
                     all.push((ingested, page.query));
@@ -82,8 +82,8 @@ impl Poller {
         Ok(all.iter().any(|(ingested, _)| ingested.progress))
     }
 
-    /// The epoch of a page. If BigChat does not answer, the page waits for some polls; after that, its time determines
-    /// the epoch.
+    /// The epoch of a page. If BigChat does not answer, the page waits for some polls. After that, the time at which it
+    /// was served determines the epoch.
     async fn epoch_of(&mut self, page: &StoredPage) -> Result<Epoch, PollError> {
         if self.failed_page_probes < MAX_FAILED_PROBES {
             if let Some(epoch) = epoch::epoch_of(&self.source, page).await? {
@@ -94,8 +94,8 @@ impl Poller {
         Ok(epoch::epoch_by_time(&self.source, page).await?)
     }
 
-    /// Checks before an ingestion whether BigChat has restarted: by a probe, else by a START with another time than
-    /// that of the known conversation with the same id. If BigChat does not answer, its pages wait, for some polls.
+    /// Checks before an ingestion whether BigChat has restarted: by a probe, or else by a START whose time is not that
+    /// of the known conversation with the same id. If BigChat does not answer, the stored pages wait for some polls.
     async fn detect_restart(&mut self, pages: &mut Pages) -> Result<(), PollError> {
         let probed = self.probe(pages).await?;
         if matches!(probed, ProbeResult::Unknown | ProbeResult::Unanswered) {
@@ -143,11 +143,11 @@ impl Poller {
     }
 }
 
-/// Counts another of the polls in which BigChat does not answer whether it has restarted.
+/// Counts another poll in which BigChat did not answer the probe for a restart.
 ///
 /// # Errors
 ///
-/// As long as the stored pages wait for an answer.
+/// [`PollError::Unanswered`] while the stored pages still wait for an answer.
 fn unanswered(polls: &mut u32, interval: Duration) -> Result<(), PollError> {
     *polls = polls.saturating_add(1);
     match *polls {
@@ -155,12 +155,12 @@ fn unanswered(polls: &mut u32, interval: Duration) -> Result<(), PollError> {
             let at_most = humantime::format_duration(interval.saturating_mul(MAX_FAILED_PROBES));
             tracing::warn!(
                 %at_most,
-                "BigChat did not answer whether it has restarted; new events wait until it does"
+                "BigChat did not answer the probe for a restart; new events wait until it does"
             );
         }
         MAX_FAILED_PROBES => {
             tracing::warn!(
-                "BigChat did not answer whether it has restarted; new events wait no longer"
+                "BigChat did not answer the probe for a restart; new events wait no longer"
             );
         }
         _ => {}

@@ -1,7 +1,7 @@
 //! The poller: fetches new events from BigChat and stores each page before anything else happens to it.
 //!
 //! BigChat reports each event once, so a page is stored durably before the next is requested. A page that the disk
-//! refuses stays in memory until it can be stored. After the last page, the poller checks whether BigChat has
+//! refuses stays in memory until the disk accepts it. After the last page, the poller checks whether BigChat has
 //! restarted, then ingests the events into the journal. The poller does not use OurAPI.
 
 mod ingest;
@@ -28,7 +28,7 @@ use crate::domain::time::{Millis, Timestamp};
 use crate::domain::window::Window;
 use crate::http::ApiError;
 use crate::journal::{
-    Journal, JournalError, NewPage, PollInProgress, ReplayUntil, STORAGE_PAUSE, Storage,
+    Journal, JournalError, NewPage, ReplayUntil, STORAGE_PAUSE, Storage, UnfinishedWindow,
 };
 use crate::metrics::{self, Metrics};
 use crate::settings::Settings;
@@ -36,14 +36,14 @@ use crate::telemetry::liveness::Liveness;
 use crate::telemetry::log::log_at;
 
 /// Page budget of a poll. A chain of `nextPageUrl`s may never end, so the pages so far are ingested before the next
-/// poll continues.
+/// poll continues the window.
 const MAX_PAGES: usize = 200;
 
-/// Size budget of a poll in bytes, all of which are in memory.
+/// Size budget of a poll in bytes. All pages of a poll are in memory.
 const MAX_BYTES: usize = 8 << 20;
 
-/// How many probes may be made before a poll to learn BigChat's time. The first date is believed if this
-/// machine's clock or the next date agrees, so three suffice if the first is wrong.
+/// How many probes a poll may make to learn BigChat's time. The first date is believed if this machine's clock or the
+/// next date agrees, so three probes suffice if the first date is wrong.
 const CLOCK_ATTEMPTS: u32 = 3;
 
 /// How many polls may use up their page budget in a window that is read again from its beginning. After that, the
@@ -53,14 +53,14 @@ const MAX_RESCANS: u32 = 100;
 /// The length of the first window without `--since`.
 const FIRST_WINDOW: Duration = Duration::from_secs(10);
 
-/// How many old events are dropped in one transaction, which other writers wait for.
+/// How many old events are dropped in one transaction. Other writers wait for it.
 const PRUNE_BATCH: u32 = 500;
 
 /// What the next poll reads.
 #[derive(Debug)]
 struct NextPoll {
     window: Window,
-    /// The query of the page from which a poll in progress continues; `None`: the window is a new one.
+    /// The query of the page from which an unfinished window continues; `None`: the window is a new one.
     next_page: Option<String>,
     /// As in the journal's [`PollState`](crate::journal::PollState).
     rescans_left: u32,
@@ -78,9 +78,9 @@ pub struct Signals {
     pub caught_up: CancellationToken,
     /// Cancelled at shutdown: no further request is begun.
     pub stopping: CancellationToken,
-    /// Raised to the latest event of each window whose start is before the session, because a newer copy of the journal
-    /// may have delivered it; and of each window of which the retention may have dropped events, because they were
-    /// delivered.
+    /// The latest event that may have been delivered before. Raised for each window that starts before the session,
+    /// because a newer copy of the journal may have delivered its events, and for each window whose delivered events
+    /// may have been dropped after the retention period.
     pub replay_until: ReplayUntil,
 }
 
@@ -94,13 +94,14 @@ pub struct Poller {
     unstored: Option<Arc<NewPage>>,
     /// When this daemon started.
     created_at: Instant,
-    /// The same by BigChat's clock: the maximum of all estimates, because the first dates may have been behind.
+    /// The same by BigChat's clock: the latest of all estimates, because the first dates may have been behind.
     started_at: Option<Timestamp>,
-    /// A window that starts before this time may report delivered events again that were dropped in this session.
+    /// A window that starts before this time may report events again that were delivered, and then dropped in this
+    /// session.
     dropped_before: Option<Timestamp>,
-    /// The difference between BigChat's clock and this machine's was logged, if there is one.
+    /// Whether this machine's clock was compared with BigChat's in this session. A difference is logged once.
     clock_reported: bool,
-    /// The longest window: the setting, or less after a first page for which BigChat gave no usable answer.
+    /// The longest window: the setting, or less after BigChat gave no usable answer for a first page.
     max_window: Duration,
     /// In how many polls the same page could not be fetched. Only a page that is not the first of its window counts.
     page_failures: u32,
@@ -110,7 +111,7 @@ pub struct Poller {
     failed_page_probes: u32,
     /// For retention.
     clock: SteadyClock,
-    /// When the window of the poll in progress was computed.
+    /// When the unfinished window was computed.
     window_at: Option<Instant>,
     /// The same for the latest window that was read to its end.
     read_at: Option<Instant>,
@@ -123,7 +124,7 @@ enum PollOutcome {
     UpToDate,
     /// The next poll follows at once.
     More,
-    /// The poll could not finish. The next one continues from its last page, or reads the window again.
+    /// The window is unfinished. The next poll continues from its last page, or reads it again.
     Incomplete,
 }
 
@@ -134,7 +135,7 @@ enum PollError {
     #[error(transparent)]
     Journal(#[from] JournalError),
     /// The stored pages are not ingested yet.
-    #[error("BigChat did not answer whether it has restarted")]
+    #[error("BigChat did not answer the probe for a restart")]
     Unanswered,
 }
 
@@ -171,7 +172,7 @@ impl Poller {
         self.unstored.as_ref().map_or(0, |page| page.events)
     }
 
-    /// Polls at every tick until shutdown. A page that is not stored yet gets a last attempt.
+    /// Polls at every tick until shutdown. At the end, makes a last attempt to store a page that is not stored yet.
     pub async fn run(&mut self) {
         let interval = self.settings.poll_interval;
         let mut tick = Instant::now();
@@ -199,13 +200,13 @@ impl Poller {
                 () = sleep_until(tick) => {}
             }
         }
-        // A page that is refused stays unstored, which is reported.
+        // If the disk refuses the page, the caller reports it as unstored.
         self.store_unstored().await.ok();
     }
 
-    /// Polls until BigChat is read up to now or a poll fails. A poll is repeated in three cases: the disk refuses a
-    /// page, which would be lost; BigChat does not answer the probe; or the next window is shorter. Returns whether
-    /// BigChat is read up to now.
+    /// Polls until BigChat is read up to now or a poll fails. A failed poll is repeated in three cases: the disk
+    /// refuses a page, which would otherwise be lost; BigChat does not answer the probe; or the next window is shorter.
+    /// Returns whether BigChat was read up to now.
     pub async fn catch_up(&mut self) -> bool {
         let mut up_to_date = false;
         while !self.signals.stopping.is_cancelled() {
@@ -270,7 +271,7 @@ impl Poller {
         result
     }
 
-    /// Finds out whether the journal can be written again, after a poll that had nothing to write.
+    /// After a poll that had nothing to write, checks whether the journal is writable again.
     async fn retry_storage(&self) {
         let storage = &self.signals.storage;
         if storage.refuses_polling()
@@ -291,8 +292,8 @@ impl Poller {
         self.learn_time().await?;
         let (there, asked_at) = (self.source.clock().now(), Instant::now());
         let now = there.unwrap_or_else(Timestamp::of_this_machine);
-        // Stored pages may still have to be ingested, because the daemon was stopped or the journal refused. The
-        // earlier pages of an unfinished poll also show which messages on later pages are repeats.
+        // Some stored pages may not be ingested yet, because the daemon was stopped or the journal refused them. The
+        // earlier pages of an unfinished window also show which messages on later pages are repeats.
         let mut pages = Pages::load(&self.journal).await?;
         if pages.has_new() {
             self.ingest(&mut pages).await?;
@@ -313,7 +314,7 @@ impl Poller {
             // The stored pages are ingested at the next start.
             return Ok(PollOutcome::Incomplete);
         }
-        // If BigChat failed, a probe for a restart would fail, too.
+        // If BigChat failed and there is no new page, the probe for a restart would only fail, too.
         let progress = (pages.has_new() || fetched.is_ok()) && self.ingest(&mut pages).await?;
         let (cursor, outcome) = match fetched? {
             FetchEnd::Complete(cursor) if poll.window.end < now => (cursor, PollOutcome::More),
@@ -346,7 +347,8 @@ impl Poller {
         }
     }
 
-    /// Requests BigChat's time, which the first window needs, unless it is known. The probe's response contains it.
+    /// Learns BigChat's time, which the first window needs, unless it is known already. The response to a probe
+    /// contains it.
     async fn learn_time(&self) -> Result<(), JournalError> {
         for _ in 0..CLOCK_ATTEMPTS {
             if !self.source.clock().is_sure() {
@@ -403,17 +405,17 @@ impl Poller {
         Ok(PollOutcome::More)
     }
 
-    /// The rest of the poll in progress, else the next window.
+    /// The rest of the unfinished window, or else the next window.
     async fn next_poll(&mut self, now: Timestamp) -> Result<NextPoll, PollError> {
         let settings = &self.settings;
         let state = self.journal.with(|store| store.poll_state()).await?;
-        let in_progress = state.poll.as_ref();
+        let unfinished = state.unfinished.as_ref();
         // A window whose next page is its first one was not read at all. It is computed anew, because BigChat may have
         // rejected its length.
-        if let Some(PollInProgress {
+        if let Some(UnfinishedWindow {
             window,
             next: Some(next),
-        }) = in_progress
+        }) = unfinished
             && *next != window_query(*window)
         {
             return Ok(NextPoll {
@@ -423,23 +425,25 @@ impl Poller {
             });
         }
         let cursor = match state.cursor {
-            // The last page was stored, but the poll was not ended.
-            Some(cursor) if in_progress.is_some_and(|poll| poll.next.is_none()) => cursor.min(now),
+            // The last page of the window was stored, but the end of the window was not recorded.
+            Some(cursor) if unfinished.is_some_and(|window| window.next.is_none()) => {
+                cursor.min(now)
+            }
             Some(cursor) => self.resumes_at(cursor, now, state.polled_at),
             // A window begins before the cursor, by the overlap.
             None => {
                 let since = settings.since.map(Millis::second);
                 if let Some(since) = since.filter(|since| *since > now) {
-                    tracing::warn!(%since, date = %now, "--since is in the future; BigChat is read from now on");
+                    tracing::warn!(%since, date = %now, "--since is in the future; reading BigChat from the current time instead");
                 }
                 since
                     .unwrap_or(now.minus(FIRST_WINDOW))
                     .plus(settings.poll_overlap)
             }
         };
-        // A stored cursor ahead of `now` moves back only after the window was read. Until BigChat answers, `now` may be
-        // the time of this machine, which may be wrong.
-        if state.cursor.is_none() || in_progress.is_some() {
+        // A stored cursor that is ahead of `now` moves back only after the window was read. Until BigChat answers,
+        // `now` may be this machine's time, which may be wrong.
+        if state.cursor.is_none() || unfinished.is_some() {
             let cursor = state.cursor.unwrap_or(cursor.min(now));
             self.journal
                 .with(move |store| store.set_cursor(cursor, Millis::now()))
@@ -453,8 +457,8 @@ impl Poller {
     }
 
     /// The cursor, or the time of the last poll if that is earlier. The time of the last poll is BigChat's present time
-    /// minus the time elapsed since that poll. It is earlier than the cursor if, at that poll,
-    /// the clock of BigChat, or of a server that answered for it, was ahead. Goes back by the longest window at most.
+    /// minus the time elapsed since that poll. It is earlier than the cursor if the clock of BigChat, or of a server
+    /// that answered for it, was ahead at that poll. It goes back by at most the longest window.
     fn resumes_at(
         &self,
         cursor: Timestamp,
@@ -487,8 +491,8 @@ impl Poller {
         Ok(self.resumes_at(end, now, state.polled_at))
     }
 
-    /// Drops old events until the next poll is due, but for at least a tenth of the interval: with slow polls, the
-    /// journal must not grow without bound.
+    /// Drops old events until the next poll is due, but for at least a tenth of the interval, so that the journal does
+    /// not grow without bound if polls are slow.
     async fn prune(&mut self, next_poll: Instant) {
         let Settings {
             retention,
@@ -524,12 +528,12 @@ impl Poller {
     }
 }
 
-/// Whether a time is later than BigChat's, which has a precision of one second.
+/// Whether a time is later than BigChat's time, which has a precision of one second.
 fn is_ahead(time: Timestamp, now: Timestamp) -> bool {
     time > now.plus(Duration::from_secs(1))
 }
 
-/// Logs how BigChat's clock differs from this machine's, once a session.
+/// Logs how BigChat's clock differs from this machine's. Called once a session.
 fn report_clock(here: Timestamp, there: Option<Timestamp>) {
     match there.map(|there| (there, clock::difference(there.unix() - here.unix()))) {
         None => {

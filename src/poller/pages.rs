@@ -1,4 +1,4 @@
-//! The pages of the poll in progress, in memory and in the journal. Equal messages are counted across all pages.
+//! The pages of the unfinished window, in memory and in the journal. Equal messages are counted across all pages.
 
 use std::collections::HashSet;
 
@@ -7,8 +7,8 @@ use crate::bigchat::canonical_query;
 use crate::domain::dedupe::{Counts, Key, is_repetition};
 use crate::journal::{Journal, JournalError, Store, StoredPage};
 
-/// How many successive pages without events complete a poll, since a service may return empty pages without end. Single
-/// empty pages are usual.
+/// How many successive pages without events complete a window, since a service may return empty pages without end.
+/// Single empty pages are common.
 const MAX_EMPTY_PAGES: usize = 10;
 
 #[derive(Debug, Default)]
@@ -42,7 +42,7 @@ impl Pages {
         Ok(())
     }
 
-    /// Drops all pages but the last, which the next one may overlap.
+    /// Drops all pages but the last, because the next page may overlap it.
     pub(super) async fn retain_last(&mut self, journal: &Journal) -> Result<(), JournalError> {
         let forget = |store: &mut Store| store.forget_pages_but_the_last();
         journal.with(forget).await?;
@@ -55,7 +55,7 @@ impl Pages {
         !self.new.is_empty()
     }
 
-    /// Whether the pages have reached the budget of one poll, so that memory stays bounded.
+    /// Whether the pages have reached the budget of one poll, which bounds the memory used.
     pub(super) fn exceed_budget(&self) -> bool {
         self.keys.len() >= MAX_PAGES || self.bytes > MAX_BYTES
     }
@@ -77,7 +77,7 @@ impl Pages {
     pub(super) fn end_of(&self, last: &[Key]) -> Option<&'static str> {
         let empty = self.keys.iter().rev().take_while(|keys| keys.is_empty());
         if is_repetition(&self.keys, last) {
-            Some("pages repeat earlier ones of the same poll")
+            Some("pages repeat earlier ones of the same window")
         } else if last.is_empty() && empty.count() + 1 >= MAX_EMPTY_PAGES {
             Some("too many successive pages have no events")
         } else {
@@ -85,7 +85,7 @@ impl Pages {
         }
     }
 
-    /// Whether the poll has requested this page before.
+    /// Whether this page of the window was requested before.
     pub(super) fn has(&self, query: &str) -> bool {
         self.queries.contains(&canonical_query(query))
     }

@@ -12,30 +12,31 @@ use crate::domain::time::Timestamp;
 use crate::domain::window::Window;
 use crate::http::route::Route;
 use crate::http::{ApiError, Cause, ErrorKind};
-use crate::journal::{JournalError, NewPage, PollProgress, StoredPage, keys};
+use crate::journal::{JournalError, NewPage, StoredPage, WindowProgress, keys};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// How often in a row a page is requested while that fails transiently, if it is not the first of its poll.
+/// How often in a row a page is requested while this fails transiently, unless it is the first page of a poll.
 const PAGE_ATTEMPTS: u32 = 3;
 
 /// In how many polls the same page may fail before its window is read again from the beginning. The first page of a
 /// window does not count.
 const MAX_PAGE_FAILURES: u32 = 3;
 
-/// A window of this length or less is not the reason why BigChat gives no usable answer, unless its page is too large.
+/// A window of this length or less is not shortened, unless its page is too large: its length is not the reason why
+/// BigChat gives no usable answer.
 const SHORT_WINDOW: Duration = Duration::from_secs(300);
 
 /// How the fetch of a window ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum FetchEnd {
-    /// With the last page: BigChat was read up to this time.
+    /// The last page was fetched: BigChat was read up to this time.
     Complete(Timestamp),
-    /// With the last page in the budget of a poll.
+    /// The budget of the poll was used up.
     Budget,
-    /// With a page that cannot be fetched.
+    /// A later page cannot be fetched, so the window is read again.
     Stuck,
-    /// With the first page: BigChat no longer answers for windows that start before this time.
+    /// BigChat rejected the first page, because it no longer answers for windows that start before this time.
     TooOld(Timestamp),
 }
 
@@ -52,11 +53,11 @@ impl Poller {
             if bytes > MAX_BYTES || self.signals.stopping.is_cancelled() {
                 break;
             }
-            // BigChat may restart before the page is stored.
+            // This must be read before the request, because BigChat may restart before the page is stored.
             let requested_in = self.source.epoch();
             let is_first = query == window_query(window);
-            // A page after one that was just read is retried at once, because by the next poll BigChat may divide the
-            // events into pages differently.
+            // If an earlier page was just read, this one is retried at once: by the next poll, BigChat may have divided
+            // the events into pages differently.
             let attempts = if bytes > 0 { PAGE_ATTEMPTS } else { 1 };
             let page = match self.source.events(&query, attempts).await {
                 Ok(page) => page,
@@ -84,13 +85,13 @@ impl Poller {
                     pages.end_of(&keys)
                 };
                 if let Some(reason) = end {
-                    tracing::warn!(%next, reason, "the next page is not requested; treating the poll as complete");
+                    tracing::warn!(%next, reason, "the next page is not requested; treating the window as complete");
                 }
                 end.is_none()
             });
             let progress = match next {
-                Some(next) => PollProgress::Next(next),
-                None => PollProgress::Complete(self.read_up_to(window.end, now).await?),
+                Some(next) => WindowProgress::Next(next),
+                None => WindowProgress::Complete(self.read_up_to(window.end, now).await?),
             };
             let page = NewPage {
                 query,
@@ -103,8 +104,8 @@ impl Poller {
             };
             pages.add(self.store_new(page).await?, keys);
             match progress {
-                PollProgress::Next(next) => query = next,
-                PollProgress::Complete(cursor) => return Ok(FetchEnd::Complete(cursor)),
+                WindowProgress::Next(next) => query = next,
+                WindowProgress::Complete(cursor) => return Ok(FetchEnd::Complete(cursor)),
             }
         }
         Ok(FetchEnd::Budget)
@@ -136,8 +137,8 @@ impl Poller {
         Ok(FetchEnd::Stuck)
     }
 
-    /// The next windows are half as long, since BigChat may answer faster for a shorter one, with a smaller first page.
-    /// Each first page that is received doubles the maximum again, up to the setting.
+    /// Halves the length of the next windows, since BigChat may answer faster for a shorter one, with a smaller first
+    /// page. Each first page that is received doubles the maximum again, up to the setting.
     fn shorten_windows(&mut self, window: Window, error: &ApiError) {
         let shortest = match error.exchange.cause {
             Some(Cause::PageTooLarge) => SECOND,
@@ -148,7 +149,7 @@ impl Poller {
         if length <= shortest || max_window == self.max_window {
             return;
         }
-        // A single failure need not be due to the length.
+        // A single failure need not be due to the length, so only the next one is logged.
         if self.max_window < self.settings.max_window {
             tracing::warn!(
                 from = %window.start, until = %window.end,
@@ -161,7 +162,7 @@ impl Poller {
 
     /// Handles a window that BigChat rejects. If BigChat answers for a recent window, this one is too long or too old.
     /// If BigChat rejects even one second from its start, it is too old, and a binary search finds the oldest time for
-    /// which BigChat answers. Each response is ingested as a separate poll, since BigChat may report its events only
+    /// which BigChat answers. Each response is ingested as a separate window, since BigChat may report its events only
     /// once.
     async fn find_oldest(
         &mut self,
@@ -193,15 +194,15 @@ impl Poller {
                 refused = middle;
             }
         }
-        // If BigChat now answers for a time that it refused before, it has no limit of age.
+        // If BigChat now answers for a time that it refused before, its refusals were not due to an age limit.
         if self.is_answered(pages, window, refused, longest).await? {
             return Err(error.into());
         }
-        // The limit moves on with time, and the next window must not begin before it.
+        // The limit moves forward with time, and the next window must not start before it.
         Ok(FetchEnd::TooOld(answered.plus(began.elapsed())))
     }
 
-    /// Whether BigChat answers for a window of that length from `start`. If so, its first page is ingested.
+    /// Whether BigChat answers for a window of this length from `start`. If so, ingests its first page.
     async fn is_answered(
         &mut self,
         pages: &mut Pages,
@@ -226,8 +227,8 @@ impl Poller {
             window,
             body: page.body,
             events: page.events,
-            // After an interruption, the search begins anew.
-            progress: PollProgress::Next(window_query(window)),
+            // After an interruption, the window is requested anew, and so the search begins again.
+            progress: WindowProgress::Next(window_query(window)),
         };
         pages.add(self.store_new(page).await?, keys);
         self.ingest(pages).await?;
@@ -260,7 +261,7 @@ impl Poller {
         })
     }
 
-    /// Stores a received page, which stays in memory if the disk refuses. Returns its id.
+    /// Stores a received page and returns its id. If the disk refuses the page, it stays in memory.
     pub(super) async fn store(&mut self, page: Arc<NewPage>) -> Result<i64, JournalError> {
         self.unstored = Some(Arc::clone(&page));
         let id = self

@@ -1,5 +1,5 @@
-//! Detects a cursor that does not advance although polls complete: BigChat's clock has stopped, or a cache answers for
-//! it.
+//! Detects a cursor that does not advance although polls complete: BigChat's clock has stopped, or a cache is answering
+//! for it.
 
 use std::time::Duration;
 

@@ -15,7 +15,7 @@ use rusqlite::Connection;
 use uuid::Uuid;
 
 use super::{
-    ClaimRequest, Intervals, NewPage, Operator, PollProgress, Resolution, Scope, Selection, Store,
+    ClaimRequest, Intervals, NewPage, Operator, Resolution, Scope, Selection, Store, WindowProgress,
 };
 use crate::domain::account::{Accounting, MessageKey, MessageState};
 use crate::domain::conversation::{Attempts, Pending};
@@ -321,7 +321,7 @@ impl Pair {
             window: Window { start: at, end: at },
             body: serde_json::json!({ "nextPageUrl": null, "events": events }).to_string(),
             events: events.len(),
-            progress: PollProgress::Complete(at),
+            progress: WindowProgress::Complete(at),
         };
         self.store.store_page(&new_page).expect("a stored page");
         let pages = self.store.stored_pages().expect("the stored pages");
