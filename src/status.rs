@@ -1,7 +1,7 @@
-//! The state of the journal, its problems and their remedies: for `bigchat-sync status`, the console, the metrics and
+//! The state of the journal, its problems and their remedies, for `bigchat-sync status`, the console, the metrics and
 //! the heartbeat.
 //!
-//! It reads only the database, whether or not the daemon runs. `problems` decides what is a problem.
+//! Only the database is read, whether or not a daemon is running. `problems` determines what is a problem.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,22 +14,23 @@ use crate::http::{Api, ApiStatus, RateLimit};
 use crate::journal::{Figures, JournalError, Refusal, Store};
 use crate::version;
 
-/// Longest time without a completed poll of a running daemon, in poll intervals; at least [`NO_POLL`].
+/// How many poll intervals a running daemon may go without a completed poll; at least [`NO_POLL`].
 const INTERVALS: u32 = 3;
 
-/// Longest time without a completed poll of a running daemon.
+/// How long a running daemon may go without a completed poll, however short its poll interval is.
 const NO_POLL: Duration = Duration::from_secs(30);
 
-/// Longest time behind BigChat's clock, in poll intervals; at least [`LATE`].
+/// How many poll intervals the poller may be behind BigChat's clock; at least [`LATE`].
 const INTERVALS_BEHIND: u32 = 6;
 
-/// This many losses of OurAPI within an hour are not explained by a single restart or restore.
+/// This many losses in OurAPI within an hour are not explained by a single restart or restore.
 const LOSSES: u64 = 3;
 
 /// A disk with less space, in bytes, is about to refuse a write.
 const SCARCE: u64 = 1 << 20;
 
-/// Longest time behind BigChat's clock, and of an event that waits.
+/// How long the poller may be behind BigChat's clock, however short its poll interval is, and how long an event may
+/// wait.
 const LATE: Duration = Duration::from_secs(120);
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -37,7 +38,7 @@ pub struct Status {
     pub version: &'static str,
     /// This machine's clock.
     pub now: Millis,
-    /// Whether a daemon uses the database.
+    /// Whether a daemon is using the database.
     pub daemon_runs: bool,
     /// Whether there is no problem.
     pub healthy: bool,
@@ -76,7 +77,7 @@ impl From<&Refusal> for Problem {
 }
 
 impl Status {
-    /// Reads it from the journal in the file `path`.
+    /// Reads the status from the journal in the file `path`.
     pub fn read(store: &mut Store, path: PathBuf, now: Millis) -> Result<Self, JournalError> {
         let mut figures = store.figures(now)?;
         // A pass from before verification was turned off does not count.
@@ -124,7 +125,7 @@ pub(crate) fn problems(figures: &Figures, daemon_runs: bool, now: Millis) -> Vec
     };
     all.daemon();
     all.api(Api::BigChat, &figures.bigchat);
-    // A pause is for the time in which OurAPI is down.
+    // An operator may have paused deliveries because OurAPI is down.
     if figures.paused.is_none() {
         all.api(Api::OurApi, &figures.our_api);
     }
@@ -171,19 +172,19 @@ impl Problems<'_> {
 
     fn rate_limit(&mut self, api: Api, status: &ApiStatus, limit: RateLimit) {
         let before = match status.since.filter(|_| status.is_down()) {
-            Some(since) => format!(", and is down since {since}"),
+            Some(since) => format!(", and has been down since {since}"),
             None => String::new(),
         };
         let (wait, remedy) = match (api, self.figures.waiting) {
             (Api::BigChat, _) => (
                 String::new(),
-                "it is asked again then, and the events of that time are read afterwards",
+                "requests resume then, and the events of that time are read afterwards",
             ),
             (Api::OurApi, waiting) => (
                 match waiting {
                     0 => String::new(),
-                    1 => "; 1 event waits".to_owned(),
-                    _ => format!("; {waiting} events wait"),
+                    1 => "; 1 event is waiting".to_owned(),
+                    _ => format!("; {waiting} events are waiting"),
                 },
                 "deliveries continue then, and nothing is lost",
             ),
@@ -209,7 +210,7 @@ impl Problems<'_> {
                 api.url_setting()
             ),
         };
-        self.add(format!("{api} is down since {since}: {why}"), remedy);
+        self.add(format!("{api} has been down since {since}: {why}"), remedy);
     }
 
     fn disk(&mut self) {
@@ -234,7 +235,7 @@ impl Problems<'_> {
         } = self.figures;
         let Some(polled_at) = *polled_at else {
             return self.add(
-                "no poll of BigChat was completed yet",
+                "no poll of BigChat has been completed yet",
                 "wait for the first poll; if this persists, see the log",
             );
         };
@@ -250,19 +251,19 @@ impl Problems<'_> {
         let unmoved = cursor_moved_at.map_or(Duration::ZERO, |moved| polled_at.since(moved));
         if unpolled > no_poll {
             self.add(
-                format!("no poll was completed for {}", duration(unpolled)),
+                format!("no poll has been completed for {}", duration(unpolled)),
                 "no new events arrive; start the daemon if it is not running, otherwise see the other problems, `bigchat-sync check` and the log",
             );
         } else if behind > max_behind {
             self.add(
                 format!("the poller is {} behind BigChat", duration(behind)),
-                "it catches up automatically; if this does not shrink, see the state of BigChat above",
+                "the poller catches up automatically; if the delay does not shrink, see the state of BigChat above",
             );
         } else if unmoved > max_behind {
             let unmoved = duration(unmoved);
             self.add(
-                format!("BigChat's clock has not advanced for {unmoved}, although polls are completed"),
-                "a cache may answer instead of BigChat; let it forward requests with `cache-control: no-cache`",
+                format!("BigChat's clock has not advanced for {unmoved}, although polls have been completed"),
+                "a cache may be answering instead of BigChat; make it forward requests with `cache-control: no-cache`",
             );
         }
     }
@@ -276,13 +277,13 @@ impl Problems<'_> {
         if recent_losses >= LOSSES {
             self.add(
                 format!("OurAPI lost data {recent_losses} times within the last hour"),
-                "if it was not restarted or restored, more than one request at a time reaches it, which corrupts it: stop the other daemon or client, or let all daemons share --our-api-lock (`bigchat-sync man deployment`)",
+                "if OurAPI was not restarted or restored, it receives more than one request at a time, which corrupts its data: stop the other daemon or client, or let all daemons share --our-api-lock (`bigchat-sync man deployment`)",
             );
         }
         if incomplete > 0 {
             let lost = match incomplete {
-                1 => "1 chat, whole or in part, and it is".to_owned(),
-                count => format!("{count} chats, whole or in part, and they are"),
+                1 => "1 chat, in whole or in part, and it is".to_owned(),
+                count => format!("{count} chats, in whole or in part, and they are"),
             };
             self.add(
                 format!("OurAPI has lost {lost} not restored"),
@@ -306,7 +307,7 @@ impl Problems<'_> {
         let could_be_sent_since = |at: Millis| at.max(figures.resumed_at.unwrap_or_default());
         if let Some(oldest) = &figures.oldest_waiting
             && figures.paused.is_none()
-            // A long rate limit is the reason, and was reported above.
+            // A long rate limit would be the reason, and it was reported above.
             && figures.our_api.long_limit().is_none()
             && self.now.since(could_be_sent_since(oldest.since)) > LATE
         {
@@ -321,7 +322,7 @@ impl Problems<'_> {
                     oldest.conversation,
                     duration(self.now.since(oldest.since))
                 ),
-                "it is retried automatically; if OurAPI is up and it fails again and again, it becomes a failed event",
+                "the event is retried automatically; if it fails repeatedly while OurAPI is up, it becomes a failed event",
             );
         }
     }
@@ -339,7 +340,7 @@ impl Problems<'_> {
     }
 }
 
-/// Zero for a number that was edited and is no duration.
+/// A stored number of seconds; zero if it was edited and is not a duration.
 pub(crate) fn stored_seconds(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds).unwrap_or_default()
 }

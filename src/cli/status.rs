@@ -9,8 +9,7 @@ use crate::status::{Problem, Status, duration, seconds, stored_seconds};
 use crate::telemetry::terminal::{printable, shown};
 
 /// Why a field may differ from the value that this database recorded.
-const CHANGED: &str =
-    "changed by another client, or after the backup if this database was restored from one";
+const CHANGED: &str = "changed by another client or, if this database is a restored backup, after the backup was made";
 
 /// The options.
 #[derive(Debug, Clone, clap::Args)]
@@ -20,7 +19,7 @@ pub struct Args {
     pub json: bool,
 }
 
-/// What `bigchat-sync status` prints, and whether there is no problem.
+/// Returns what `bigchat-sync status` prints, and whether there is no problem.
 pub fn run(args: &Args, settings: &Settings) -> Result<(String, bool), CommandError> {
     let db = &settings.db();
     let mut store = Store::open_reader(db)?;
@@ -48,7 +47,7 @@ fn text(status: &Status) -> String {
     text.lines.join("\n")
 }
 
-/// The text, a section at a time.
+/// The text, built section by section.
 struct Text<'a> {
     status: &'a Status,
     lines: Vec<String>,
@@ -156,7 +155,7 @@ impl Text<'_> {
             self.line(
                 "losses",
                 format!(
-                    "of data in OurAPI: {}, of them within the last hour: {}",
+                    "of data in OurAPI: {}, {} of them within the last hour",
                     figures.losses, figures.recent_losses
                 ),
             );
@@ -204,7 +203,7 @@ impl Text<'_> {
         if !without.is_empty() {
             self.line(
                 "",
-                "correct the cause; the next pass then sets the agents of their chats, or `bigchat-sync verify --repair` now",
+                "correct the cause; the next pass then sets the agents of their chats; to set them now, run `bigchat-sync verify --repair`",
             );
         }
     }
@@ -281,7 +280,7 @@ fn idle_pass(status: &Status) -> String {
     text
 }
 
-/// In milliseconds, or in seconds if there are many.
+/// A time in milliseconds, or in seconds from 10 s.
 fn millis(ms: i64) -> String {
     match ms {
         10_000.. => format!("{:.1} s", ms as f64 / 1e3),

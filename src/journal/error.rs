@@ -10,7 +10,7 @@ use crate::telemetry::terminal::{shown, shown_in_full};
 #[derive(Debug, Error)]
 pub enum OpenError {
     /// Another daemon is using it.
-    #[error("another bigchat-sync uses {}; stop it first, or set another database with --db", shown(.0))]
+    #[error("another bigchat-sync is using {}; stop it first, or set another database with --db", shown(.0))]
     InUse(PathBuf),
     /// A daemon is using it through another hard link or mount, where its write-ahead log is.
     #[error(
@@ -36,7 +36,7 @@ pub enum OpenError {
     },
     /// Written by an earlier version of this program, which is still using it.
     #[error(
-        "an older bigchat-sync uses {}, so its tables cannot be upgraded now; restart the daemon with this version, or use the older one",
+        "an older bigchat-sync is using {}, so its tables cannot be upgraded now; restart the daemon with this version, or use the older one",
         shown(.0)
     )]
     Older(PathBuf),

@@ -20,7 +20,7 @@ const LONGEST_PATH: usize = 504;
 const MOST_LINKS: usize = 40;
 
 /// How long a command may hold the lock to find out whether a daemon holds it.
-const PROBED_WITHIN: Duration = Duration::from_millis(200);
+const LOCK_CHECKED_WITHIN: Duration = Duration::from_millis(200);
 
 /// Only the owner may read and write, because the database contains customers' messages.
 const PRIVATE: u32 = 0o600;
@@ -222,7 +222,7 @@ impl DatabaseFile {
 
     /// Locks the file. Fails if a conflicting lock is held.
     pub(super) fn lock(&mut self, lock: Lock) -> Result<(), OpenError> {
-        let deadline = Instant::now() + PROBED_WITHIN;
+        let deadline = Instant::now() + LOCK_CHECKED_WITHIN;
         loop {
             let locked = match lock {
                 Lock::Daemon => self.descriptor.try_lock(),
@@ -234,7 +234,7 @@ impl DatabaseFile {
                     break;
                 }
                 Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
-                    std::thread::sleep(PROBED_WITHIN / 20);
+                    std::thread::sleep(LOCK_CHECKED_WITHIN / 20);
                 }
                 Err(TryLockError::WouldBlock) => {
                     return Err(OpenError::InUse(self.named.clone()));
@@ -275,13 +275,13 @@ impl DatabaseFile {
     /// Whether a daemon has the file open by another name. Its write-ahead log is then beside that name, and a second
     /// log, created here, would destroy the database.
     pub(super) fn is_in_use_by_another_name(&self) -> bool {
-        let deadline = Instant::now() + PROBED_WITHIN;
+        let deadline = Instant::now() + LOCK_CHECKED_WITHIN;
         while self.is_in_use() && self.log_bytes().is_none() {
             if Instant::now() > deadline {
                 return true;
             }
             // The daemon may just be starting.
-            std::thread::sleep(PROBED_WITHIN / 20);
+            std::thread::sleep(LOCK_CHECKED_WITHIN / 20);
         }
         false
     }
@@ -340,10 +340,10 @@ fn mode(metadata: &Metadata) -> u32 {
 pub(super) fn can_be_made(named: &Path) -> Result<(), OpenError> {
     let path = resolve(named)?;
     let directory = path.parent().unwrap_or(&path);
-    let probe = directory.join(format!(".bigchat-sync-{}", Uuid::new_v4()));
+    let trial = directory.join(format!(".bigchat-sync-{}", Uuid::new_v4()));
     let mut options = File::options();
     options.write(true).create_new(true).mode(PRIVATE);
-    let made = options.open(&probe).and_then(|_| fs::remove_file(&probe));
+    let made = options.open(&trial).and_then(|_| fs::remove_file(&trial));
     made.map_err(|source| OpenError::Directory {
         path: named.to_owned(),
         directory: directory.to_owned(),

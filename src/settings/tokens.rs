@@ -91,14 +91,14 @@ pub enum TokenError {
     )]
     ReadOnly,
     /// The read token could change everything.
-    #[error("{CONSOLE_READ_TOKEN} and {CONSOLE_TOKEN} give the same token; make another one")]
+    #[error("{CONSOLE_READ_TOKEN} and {CONSOLE_TOKEN} give the same token; set two different ones")]
     SameToken,
     /// The heartbeat URL is not an HTTP URL.
     #[error(
         "{HEARTBEAT_URL} or {HEARTBEAT_URL}_FILE does not give a URL that begins with https:// or http://"
     )]
     HeartbeatUrl,
-    /// A token was set before, and no longer is.
+    /// A token that was set before is no longer set.
     #[error("{0} and {0}_FILE no longer give a token")]
     Gone(String),
     /// The console would be open to other machines without a token.

@@ -20,7 +20,7 @@ pub(in crate::journal) fn event(name: &str, data: Option<String>) -> Option<Stri
 
 /// Why a chat has no agent. `advisor`: BigChat's id of the advisor who should be the agent. `details`: whether the
 /// conversation's details, which name the first advisor, were read. `known`: what BigChat answered about the advisor.
-/// `accepted`: whether OurAPI has the agent or permanently rejected it.
+/// `accepted`: whether OurAPI has the agent (true) or does not accept the agent (false).
 pub(super) fn no_agent(
     details: Details,
     advisor: Option<i64>,
@@ -29,7 +29,7 @@ pub(super) fn no_agent(
 ) -> String {
     match (advisor, known, accepted) {
         (None, ..) if details == Details::Gone => {
-            "no advisor is known, and BigChat no longer knows the conversation".to_owned()
+            "no advisor is known, and BigChat does not know the conversation".to_owned()
         }
         (None, ..) => {
             "not resolved yet: the conversation's details have not been read from BigChat"
@@ -39,13 +39,13 @@ pub(super) fn no_agent(
             format!("not resolved yet: advisor {id} has not been read from BigChat")
         }
         (Some(id), Some(KnownAdvisor::Gone), _) => {
-            format!("BigChat no longer knows advisor {id}")
+            format!("BigChat does not know advisor {id}, or has no usable record")
         }
         (Some(_), Some(KnownAdvisor::Person { name, email }), None) => {
             format!("not resolved yet: OurAPI has not been asked for {name} ({email})")
         }
         (Some(_), Some(KnownAdvisor::Person { name, email }), Some(false)) => {
-            format!("OurAPI permanently rejected the agent {name} ({email})")
+            format!("OurAPI does not accept the agent {name} ({email})")
         }
         (Some(_), Some(KnownAdvisor::Person { name, email }), Some(true)) => {
             format!("not set yet: OurAPI has {name} ({email}), and the chat waits for its change")
@@ -104,14 +104,14 @@ mod tests {
         };
         for (details, advisor, known, accepted, expected) in [
             (Unread, None, None, None, "details have not been read"),
-            (Gone, None, None, None, "no longer knows the conversation"),
+            (Gone, None, None, None, "does not know the conversation"),
             (Read, Some(7), None, None, "advisor 7 has not been read"),
             (
                 Gone,
                 Some(i64::MAX),
                 Some(&KnownAdvisor::Gone),
                 None,
-                "no longer knows advisor 9223372036854775807",
+                "does not know advisor 9223372036854775807",
             ),
             (Read, Some(7), Some(&ann), None, "not been asked for Ann"),
             (
@@ -119,7 +119,7 @@ mod tests {
                 Some(7),
                 Some(&ann),
                 Some(false),
-                "rejected the agent Ann (ann@x.test)",
+                "does not accept the agent Ann (ann@x.test)",
             ),
             (Read, Some(7), Some(&ann), Some(true), "OurAPI has Ann"),
         ] {

@@ -119,9 +119,9 @@ async fn long_text_truncated_in_lists_only() {
 
 #[tokio::test]
 async fn chat_without_agent_has_reason() {
-    let gone = "BigChat no longer knows advisor 9007199254740993";
-    let rejected = "OurAPI permanently rejected the agent Ann (ann@x.test)";
-    let details = "no advisor is known, and BigChat no longer knows the conversation";
+    let gone = "BigChat does not know advisor 9007199254740993, or has no usable record";
+    let rejected = "OurAPI does not accept the agent Ann (ann@x.test)";
+    let details = "no advisor is known, and BigChat does not know the conversation";
     side_by_side(["advisor", "agent", "details"], async |case| {
         run_test(async |t| {
             t.differs("the chat gets no agent");

@@ -419,11 +419,11 @@ async fn page_says_why_no_agent() {
             let why = match case {
                 "advisor" => {
                     t.bigchat.forgets_advisor(7);
-                    "BigChat no longer knows advisor 7"
+                    "BigChat does not know advisor 7, or has no usable record"
                 }
                 "agent" => {
                     t.our_api.upset("POST /agents", status(422).always());
-                    "OurAPI permanently rejected the agent Ann (ann@x.test)"
+                    "OurAPI does not accept the agent Ann (ann@x.test)"
                 }
                 _ => {
                     t.our_api.upset("GET /agents", status(500).always());

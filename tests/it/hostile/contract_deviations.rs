@@ -163,7 +163,7 @@ async fn until_down(t: &Bench, case: &str, api: Api) -> (String, String) {
     .await;
     let (status, _) = t.status();
     let problems = status["problems"].as_array().expect("an array");
-    let begins = format!("{api} is down since");
+    let begins = format!("{api} has been down since");
     let problem = problems.iter().find_map(|problem| {
         let (what, remedy) = (problem["what"].as_str()?, problem["remedy"].as_str()?);
         what.starts_with(&begins)

@@ -47,7 +47,7 @@ async fn long_limit_of_our_api() {
         let shown = until_problems(t, &begins).await;
         let what = shown["problems"][0]["what"].as_str().expect("a text");
         assert!(what.contains("(429, Retry-After 3600 s"), "{what}");
-        assert!(what.ends_with("; 2 events wait"), "{what}");
+        assert!(what.ends_with("; 2 events are waiting"), "{what}");
         let remedy = shown["problems"][0]["remedy"].as_str().expect("a text");
         assert!(remedy.contains("ask the operator of OurAPI"), "{remedy}");
         let text = text_of(t);
@@ -106,11 +106,11 @@ async fn limit_replaces_an_older_reason() {
             t.our_api.outage(Some(status(before)));
             more_messages(t);
             let daemon = Process::start(t);
-            until_problems(t, &["OurAPI is down since "]).await;
+            until_problems(t, &["OurAPI has been down since "]).await;
             t.our_api.outage(Some(limited()));
             let shown = until_problems(t, &["OurAPI is rate-limited until "]).await;
             let what = shown["problems"][0]["what"].as_str().expect("a text");
-            assert!(what.contains(", and is down since "), "{what}");
+            assert!(what.contains(", and has been down since "), "{what}");
             let problem = shown["our_api"]["problem"].as_str().expect("a text");
             assert!(problem.ends_with("→ 429"), "{problem}");
             let (_, report) = check(t).await;

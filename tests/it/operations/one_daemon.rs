@@ -34,7 +34,10 @@ fn is_refused(mut second: Command, name: &str) {
     let second = second.output().expect("a process");
     assert_eq!(second.status.code(), Some(1), "{name}");
     let text = printed(&second);
-    assert!(text.contains("another bigchat-sync uses"), "{name}: {text}");
+    assert!(
+        text.contains("another bigchat-sync is using"),
+        "{name}: {text}"
+    );
 }
 
 #[tokio::test]

@@ -114,7 +114,7 @@ async fn status_with_and_without_daemon() {
         let now = t.now();
         t.bigchat
             .reports([message(10, now, "anybody?"), message(10, now, "k")]);
-        let status = until_problems(t, &["OurAPI is down since "]).await;
+        let status = until_problems(t, &["OurAPI has been down since "]).await;
         assert_eq!(status["waiting"], json!(2));
         assert_eq!(status["oldest_waiting"]["conversation"], json!(10));
         let since = status["our_api"]["since"].clone();
@@ -122,12 +122,15 @@ async fn status_with_and_without_daemon() {
         daemon.stop().await;
         let stopped = [
             "no daemon is running on this database",
-            "OurAPI is down since ",
+            "OurAPI has been down since ",
         ];
         until_problems(t, &stopped).await;
         t.bigchat.down().await;
         t.start();
-        let down = ["BigChat is down since ", "OurAPI is down since "];
+        let down = [
+            "BigChat has been down since ",
+            "OurAPI has been down since ",
+        ];
         let status = until_problems(t, &down).await;
         assert_eq!(
             status["our_api"]["since"], since,
@@ -454,7 +457,7 @@ async fn unrestored_loss_is_a_problem() {
             t,
             &[
                 "no daemon is running",
-                "OurAPI has lost 1 chat, whole or in part",
+                "OurAPI has lost 1 chat, in whole or in part",
             ],
         )
         .await;

@@ -120,7 +120,7 @@ async fn second_daemon_is_refused() {
             let second = t.program(name).output().expect("it runs");
             let text = String::from_utf8_lossy(&second.stderr);
             assert_eq!(second.status.code(), Some(1), "{text}");
-            assert!(text.contains("another bigchat-sync uses"), "{text}");
+            assert!(text.contains("another bigchat-sync is using"), "{text}");
         }
         t.bigchat.reports([message(10, t.now() - 1, "and on")]);
         t.until_events("delivered", 51).await;
@@ -559,7 +559,7 @@ async fn status_without_completed_poll() {
         let (status, healthy) = t.status();
         let what = status["problems"][0]["what"].as_str().unwrap_or_default();
         assert!(
-            !healthy && what.starts_with("no poll was completed for "),
+            !healthy && what.starts_with("no poll has been completed for "),
             "{status}"
         );
         daemon.stop().await;
