@@ -206,7 +206,7 @@ pub enum CommandError {
     Ambiguous { id: i64, epochs: Vec<Epoch> },
     /// Erased, except on one page.
     #[error(
-        "erased, except on a page of the poll in progress, which is dropped when that poll ends; run the command again then"
+        "erased, except on a page that is still being processed; run the command again after the next poll"
     )]
     OnNewPage,
     /// Erased, except in the write-ahead log.

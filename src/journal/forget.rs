@@ -30,8 +30,8 @@ pub struct Forgotten {
     pub events: i64,
     /// Events that could not be parsed and name the conversation.
     pub unparsed: i64,
-    /// A page of the poll in progress names the conversation and is not ingested yet. Its text there is erased once the
-    /// poll ends.
+    /// A page of the unfinished window names the conversation and is not ingested yet. Its text there is erased once the
+    /// window is finished.
     pub is_on_new_page: bool,
 }
 
@@ -253,7 +253,7 @@ fn unparsed(connection: &Connection, bigchat_id: i64) -> Result<Vec<(EventId, Ep
     Ok(events)
 }
 
-/// Erases a conversation from the ingested pages of the poll in progress. From then on, these pages serve only for
+/// Erases a conversation from the ingested pages of the unfinished window. From then on, these pages serve only for
 /// counting. Returns whether the conversation is on a page that is not ingested yet.
 fn erase_pages(transaction: &Transaction<'_>, bigchat_id: i64) -> Result<bool> {
     let pages: Vec<(i64, bool)> = transaction
