@@ -9,10 +9,6 @@ use crate::domain::time::{Millis, Timestamp};
 use crate::http::{Api, ApiError, ErrorKind};
 use crate::journal::{Denial, KnownAdvisor};
 
-/// How many not-found responses in a row are believed for a conversation of a page: a single one may come from an
-/// instance that lags behind the others at the same address.
-const NOT_FOUND_ATTEMPTS: u32 = 3;
-
 /// Reads a conversation's details into it: its start time and first advisor. If BigChat does not know the conversation,
 /// only its events count.
 pub async fn read(source: &Source, conversation: &mut Conversation) -> Result<(), SourceError> {
@@ -21,8 +17,7 @@ pub async fn read(source: &Source, conversation: &mut Conversation) -> Result<()
         return Ok(());
     }
     let id = conversation.bigchat_id;
-    may_request(source)?;
-    match source.conversation(id, 1).await {
+    match request(source, source.conversation(id, 1)).await {
         Err(error) => {
             denied(source, conversation.epoch, Denial::Conversation, id, error).await?;
             tracing::warn!(
@@ -92,8 +87,7 @@ pub async fn advisor(
     let known = if source.epoch() != epoch {
         KnownAdvisor::Gone
     } else {
-        may_request(source)?;
-        match source.advisor(id).await {
+        match request(source, source.advisor(id)).await {
             Ok(advisor) if is_same_epoch(source, epoch).await? => KnownAdvisor::Person {
                 name: advisor.name.trim().to_owned(),
                 email: advisor.email_address.trim().to_owned(),
@@ -139,10 +133,13 @@ fn not_sent(reason: &str) -> ApiError {
     ApiError::not_sent(Api::BigChat, ErrorKind::Unreachable, reason)
 }
 
-/// Whether the circuit breaker lets a request pass.
-fn may_request(source: &Source) -> Result<(), ApiError> {
+/// Makes a request if the circuit breaker lets it pass.
+pub(super) async fn request<T>(
+    source: &Source,
+    request: impl Future<Output = Result<T, ApiError>>,
+) -> Result<T, ApiError> {
     match source.accepts_requests() {
-        true => Ok(()),
+        true => request.await,
         false => Err(not_sent("BigChat is down; the request waits")),
     }
 }
@@ -156,32 +153,18 @@ async fn denied(
     id: i64,
     error: ApiError,
 ) -> Result<(), SourceError> {
-    if !error.is_not_found() {
-        return Err(error.into());
-    }
-    let now = Millis::now();
-    let is_believed = source.is_gone(&error)
-        && source
-            .journal
-            .with(move |store| store.is_denied(epoch, what, id, now))
-            .await?;
-    match is_believed {
-        true => Ok(()),
-        false => Err(error.with_kind(ErrorKind::Denied).into()),
-    }
-}
-
-/// Requests details. A not-found response is believed if it comes several times in a row.
-pub(super) async fn request<T, F>(source: &Source, send: impl Fn() -> F) -> Result<T, ApiError>
-where
-    F: Future<Output = Result<T, ApiError>>,
-{
-    may_request(source)?;
-    let mut requests = 1;
-    loop {
-        match send().await {
-            Err(error) if error.is_not_found() && requests < NOT_FOUND_ATTEMPTS => requests += 1,
-            result => return result,
-        }
+    let (is_denied, now) = (error.is_not_found(), Millis::now());
+    let is_believed = source
+        .journal
+        .with(move |store| match is_denied {
+            true => store.is_denied(epoch, what, id, now),
+            // One that is denied already stays so until the next pass.
+            false => store.is_believed(epoch, what, id),
+        })
+        .await?;
+    match (is_believed, is_denied) {
+        (true, _) => Ok(()),
+        (false, true) => Err(error.with_kind(ErrorKind::Denied).into()),
+        (false, false) => Err(error.into()),
     }
 }

@@ -14,6 +14,7 @@ use super::{Details, Source};
 use crate::domain::event::{Event, EventKind};
 use crate::domain::ids::Epoch;
 use crate::domain::time::Timestamp;
+use crate::http::ApiError;
 use crate::journal::{FirstConversation, JournalError, Probe, StoredPage};
 
 /// Maximum number of known conversations that a probe requests until BigChat reports the start of one. Conversation 1
@@ -25,6 +26,10 @@ const ATTEMPTS: u32 = 3;
 
 /// How many conversations of a page are requested to determine its epoch.
 const PAGE_CONVERSATIONS: usize = 5;
+
+/// How many not-found responses in a row are believed for a conversation of a page: a single one may come from an
+/// instance that lags behind the others at the same address.
+const NOT_FOUND_ATTEMPTS: u32 = 3;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ProbeResult {
@@ -155,8 +160,7 @@ pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch
     for Reverse(id) in ids.into_iter().take(PAGE_CONVERSATIONS) {
         let is_start = |event: &&Event| event.kind == EventKind::Start && event.conversation == id;
         let reported = events.iter().find(is_start).map(|event| event.at);
-        let found = request(source, || source.conversation(id, ATTEMPTS));
-        match found.await {
+        match conversation(source, id).await {
             Err(error) if error.is_not_found() => is_gone |= source.is_gone(&error),
             Err(_) => return Ok(None),
             Ok(Details { started_at, .. }) => match reported.zip(started_at) {
@@ -172,6 +176,17 @@ pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch
         }
     }
     Ok(Some(if is_gone { earlier } else { by_time }))
+}
+
+/// Requests a conversation of a page. A not-found response is believed if it comes several times in a row.
+async fn conversation(source: &Source, id: i64) -> Result<Details, ApiError> {
+    let mut requests = 1;
+    loop {
+        match request(source, source.conversation(id, ATTEMPTS)).await {
+            Err(error) if error.is_not_found() && requests < NOT_FOUND_ATTEMPTS => requests += 1,
+            result => return result,
+        }
+    }
 }
 
 pub async fn epoch_by_time(source: &Source, page: &StoredPage) -> Result<Epoch, JournalError> {

@@ -63,6 +63,12 @@ impl AttemptError {
         }
     }
 
+    /// Whether the chat must be read back before the event is sent again.
+    pub(super) fn leaves_stale(&self) -> bool {
+        self.outcome_unknown()
+            || matches!(self, Self::Write(error) if error.kind.may_be_carried_out())
+    }
+
     /// Whether OurAPI may still carry out the request.
     pub(super) fn is_timeout(&self) -> bool {
         matches!(self, Self::Write(error) if error.kind.timed_out())
@@ -186,7 +192,7 @@ fn attempts_after(
         .is_some_and(|then| writes.another_conversation_succeeded_since(conversation, then));
     let counts = others_succeeded && error.may_be_its_own(bigchat_is_failing);
     Attempts {
-        failed: before.failed.saturating_add(1),
+        failed: before.failed.saturating_add(u32::from(!error.is_denial())),
         counted: before.counted + u32::from(counts),
         writes_then: Some(writes.count),
         outcome_unknown: before.outcome_unknown || error.outcome_unknown(),

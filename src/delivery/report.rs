@@ -52,9 +52,10 @@ impl Reporter {
             ..
         } = reconciliation;
         self.writes.record(conversation.id, writes);
-        let outcome_unknown = stopped
-            .as_ref()
-            .is_some_and(|stopped| stopped.error.outcome_unknown());
+        let (mut leaves_stale, mut outcome_unknown) = (false, false);
+        if let Some(Stopped { error, .. }) = &stopped {
+            (leaves_stale, outcome_unknown) = (error.leaves_stale(), error.outcome_unknown());
+        }
         let mut outcomes = Vec::with_capacity(done.len() + 1);
         for (id, result) in done {
             if let Some(event) = find(&events, id) {
@@ -72,7 +73,7 @@ impl Reporter {
             advance: Advance::default(),
             consumed,
             observation,
-            becomes_stale: outcome_unknown || is_unread,
+            becomes_stale: leaves_stale || is_unread,
             due: Due::IfWaiting,
             writes_succeeded: self.writes.count,
             verified,

@@ -321,6 +321,7 @@ impl Scheduler {
             max_wait: settings
                 .retry_max
                 .max(RETRY_AFTER_MAX)
+                .max(settings.poll_interval)
                 .saturating_add(settings.request_timeout),
         };
         let journal = Arc::clone(&self.worker.journal);

@@ -93,9 +93,12 @@ impl ErrorKind {
                     outcome_unknown: true,
                     ..
                 }
-                | Self::Unauthorized
-                | Self::WrongService
         )
+    }
+
+    /// The same, or a proxy may have forwarded the request before it answered itself.
+    pub fn may_be_carried_out(self) -> bool {
+        self.outcome_unknown() || matches!(self, Self::Unauthorized | Self::WrongService)
     }
 
     /// Whether the request may still be carried out.

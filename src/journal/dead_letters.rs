@@ -516,10 +516,10 @@ fn retry(
         .execute([event])?;
     transaction
         .prepare_cached(
-            "UPDATE attempts SET counted = 0, next_at = NULL, retried_at = ?2, outcome_unknown = outcome_unknown OR ?3
+            "UPDATE attempts SET counted = 0, next_at = NULL, retried_at = ?2
              WHERE event = ?1",
         )?
-        .execute(params![event, now, is_message])?;
+        .execute(params![event, now])?;
     transaction
         .prepare_cached(
             "INSERT INTO redeliveries (conversation, event, restored)
@@ -533,9 +533,9 @@ fn retry(
                 due_at = iif(stale_seq > fresh_seq, coalesce(due_at, ?3), ?3),
                 waiting_since = coalesce(waiting_since, ?3),
                 stale_seq = stale_seq
-                    + EXISTS (SELECT 1 FROM attempts WHERE event = ?2 AND outcome_unknown)
+                    + (?4 OR EXISTS (SELECT 1 FROM attempts WHERE event = ?2 AND outcome_unknown))
              WHERE id = ?1",
         )?
-        .execute(params![conversation, event, now])?;
+        .execute(params![conversation, event, now, is_message])?;
     Ok(())
 }

@@ -200,6 +200,16 @@ impl Store {
             )?)
     }
 
+    /// Whether a denial was believed, and may be asked about again.
+    pub fn is_believed(&mut self, epoch: Epoch, what: Denial, bigchat_id: i64) -> Result<bool> {
+        Ok(self
+            .connection
+            .prepare_cached(
+                "SELECT 1 FROM denials WHERE epoch = ?1 AND what = ?2 AND bigchat_id = ?3 AND count >= ?4",
+            )?
+            .exists(params![epoch, what, bigchat_id, BELIEVED_DENIALS])?)
+    }
+
     /// Records BigChat's answer about an advisor.
     pub fn record_advisor(
         &mut self,

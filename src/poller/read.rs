@@ -62,7 +62,9 @@ impl Poller {
             let page = match self.source.events(&query, attempts).await {
                 Ok(page) => page,
                 Err(error) => {
-                    if is_first && matches!(error.kind, ErrorKind::OutcomeUnknown { .. }) {
+                    if (is_first || error.exchange.cause == Some(Cause::PageTooLarge))
+                        && matches!(error.kind, ErrorKind::OutcomeUnknown { .. })
+                    {
                         self.shorten_windows(window, &error);
                     }
                     if is_first && error.kind == ErrorKind::Rejected {
@@ -284,4 +286,5 @@ fn is_outage(error: &ApiError) -> bool {
 /// Whether another request for the page would fail, too.
 fn is_gone(error: &ApiError) -> bool {
     matches!(error.kind, ErrorKind::NotFound(_) | ErrorKind::Rejected)
+        || error.exchange.cause == Some(Cause::PageTooLarge)
 }

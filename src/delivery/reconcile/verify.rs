@@ -28,6 +28,13 @@ impl Reconciliation {
         give_way: &CancellationToken,
     ) -> Result<(), Stopped> {
         let failed = |error| Stopped::at(None, error);
+        if self.was_just_delivered().await.map_err(failed)? {
+            tokio::select! {
+                () = sleep(LAG) => {}
+                () = give_way.cancelled() => return Ok(()),
+                () = self.worker.stopping.cancelled() => return Ok(()),
+            }
+        }
         let refreshed = self.refresh().await.map_err(failed)?;
         if give_way.is_cancelled() || self.worker.stopping.is_cancelled() {
             return Ok(());
@@ -40,16 +47,7 @@ impl Reconciliation {
             return Ok(());
         }
         let recorded = self.recorded().await.map_err(failed)?;
-        let mut accounting = account::account(held, &recorded);
-        if !accounting.missing.is_empty() && self.was_just_delivered().await.map_err(failed)? {
-            tokio::select! {
-                () = sleep(LAG) => {}
-                () = give_way.cancelled() => return Ok(()),
-                () = self.worker.stopping.cancelled() => return Ok(()),
-            }
-            let held = self.held(found.chat_id, None).await?;
-            accounting = account::account(held, &recorded);
-        }
+        let accounting = account::account(held, &recorded);
         let compared = self.compare_fields(&found).await;
         let (merged, mut result) = compared.map_err(failed)?;
         let observed = self.observed_after(verify.mode, &found, merged, &result);
@@ -215,9 +213,6 @@ impl Reconciliation {
             let gone = found.agent_id.or(observed.agent);
             self.worker.agents.forget_if_lost(gone).await?;
             (after.agent, after.advisor) = (found.agent_id, None);
-        }
-        if self.lacks_agent(result.drift) {
-            after.advisor = None;
         }
         Ok(after)
     }

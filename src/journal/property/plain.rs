@@ -584,8 +584,11 @@ impl Plain {
         let now = self.now;
         let event = self.events.get_mut(&id).expect("an event");
         (event.state, event.attempts.counted, event.next_at) = (State::Waiting, 0, None);
-        event.attempts.outcome_unknown |= EVENTS[event.what].key().is_some();
-        let (conversation, unknown) = (event.conversation, event.attempts.outcome_unknown);
+        let is_message = EVENTS[event.what].key().is_some();
+        let (conversation, unknown) = (
+            event.conversation,
+            is_message || event.attempts.outcome_unknown,
+        );
         let was_stale = self.conversation(conversation).stale;
         if unknown {
             self.mark_stale(conversation);
