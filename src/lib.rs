@@ -29,11 +29,11 @@
 //!   `EventKind::is_message` and [`Payload::text`](domain::event::Payload::text). Tests fail until you add its color to
 //!   `console/page/console.css`, update `isMessage` in `console/page/parts.js`, and add its line to
 //!   `simulator/event.rs` (the [`simulator`] shares no code with the daemon that it checks). No test covers the rest:
-//!   add the kind to `simulator/chance.rs`, or no demo reports it, and to the lists of kinds in `cli/manual/json.md`
-//!   and `cli/manual/log.md`.
+//!   add the kind to the lists of kinds in `cli/manual/json.md` and `cli/manual/log.md`, and to `simulator/chance.rs`;
+//!   otherwise no demo reports it.
 //! - **A setting:** a field of [`Settings`](settings::Settings) with the attributes of its neighbours, and its row in
 //!   `cli/manual/settings.md`. The poller, delivery and the console hold a `Settings` already. If `check` or
-//!   `verify` uses the field, `settings_for` in `cli/mod.rs` shows it in their help.
+//!   `verify` uses the field, add it to their lists in `settings_for` in `cli/mod.rs`; otherwise their help hides it.
 //! - **A command:** a file in [`cli`], like `cli/resolutions.rs`, which reads the journal, or `cli/pause.rs`, which
 //!   writes it; a variant of [`cli::Command`]; its line in `main.rs`; its SQL in [`journal`]; its section in the
 //!   manual, usually in `cli/manual/commands.md`, and with `--json` its name in `cli/manual/json.md`.
@@ -64,7 +64,7 @@
 //! - **dead letter**: an event that cannot be delivered or parsed. It is open until an operator retries or discards it;
 //!   a discarded one stays for the retention period. `failed` on the command line.
 //! - **denial**: the answer of an API that it does not know a conversation or an advisor, or does not accept an agent.
-//!   It is believed once it was repeated.
+//!   It is believed once it has been repeated.
 //! - **desired**: the chat that the events define.
 //! - **discard**: the resolution that gives a dead letter up.
 //! - **drift**: a field of a chat in OurAPI that another client, or a daemon with a newer copy of the journal, has
@@ -83,6 +83,7 @@
 //! - **outcome unknown**: of a request that may or may not have been carried out.
 //! - **overlap**: how far a window reaches back before the cursor, for late events.
 //! - **page**: one response of BigChat with events; stored before the next is requested.
+//! - **pass**: a verification of every chat, in idle time (`--verify-every`).
 //! - **poll**: one attempt to read a window, page by page; the next one continues a window that is not read to its end.
 //! - **probe**: a request that finds out whether an API is back, or whether BigChat restarted.
 //! - **rate limit**: a time before which an API asked not to be called.
@@ -93,7 +94,7 @@
 //! - **session**: the time from one start of the daemon to its end.
 //! - **stale**: of a conversation whose observed chat may be wrong; it is read back first.
 //! - **verify**: to compare a chat in OurAPI with the journal although no event needs it.
-//! - **window**: a range of BigChat's time, of which BigChat is asked for the events.
+//! - **window**: a range of BigChat's time; the poller requests the events of this range.
 
 pub mod bigchat;
 pub mod cli;

@@ -84,8 +84,8 @@ impl Agents {
         lock(&self.cache).clear();
     }
 
-    /// The agent of an advisor; `None` if BigChat denies the advisor, or OurAPI denies the agent. The next pass asks
-    /// again.
+    /// The agent of an advisor; `None` if BigChat denies the advisor, or OurAPI denies the agent. The next
+    /// verification pass asks again.
     pub(super) async fn resolve(
         &self,
         epoch: Epoch,
@@ -146,7 +146,7 @@ impl Agents {
                         let failure = error.logged();
                         tracing::warn!(
                             %advisor, reason = failure.reason, request = failure.request, response = failure.response,
-                            "OurAPI does not accept an agent; the advisor's chats have no agent until the next pass asks again"
+                            "OurAPI does not accept an agent; the advisor's chats have no agent until a verification pass asks again"
                         );
                         KnownAgent::Refused
                     }
@@ -249,7 +249,7 @@ impl Agents {
                 let http = our_api.http();
                 return Err(http.reclassify(error, Route::CreateAgent, kind).into());
             }
-            // Only if the refusal is repeated, the reason may be a namesake that OurAPI does not list.
+            // A single refusal proves nothing. If it is repeated, the reason may be a namesake that OurAPI does not list.
             if !self.is_refused(person).await? {
                 return Err(error.with_kind(ErrorKind::Denied).into());
             }

@@ -255,13 +255,13 @@ impl Reporter {
             Outcome::DeadLetter { .. } if error.is_rejection() => {
                 log!(
                     true,
-                    "OurAPI permanently rejects an event; resolve it with `bigchat-sync failed`"
+                    "OurAPI permanently rejects an event; see `bigchat-sync failed list`"
                 );
             }
             Outcome::DeadLetter { .. } => {
                 log!(
                     true,
-                    "an event failed again while others got through; resolve it with `bigchat-sync failed`"
+                    "an event failed again while others got through; see `bigchat-sync failed list`"
                 );
             }
             _ => {

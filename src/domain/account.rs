@@ -60,8 +60,8 @@ pub struct Accounting {
     /// waiting message that matches one need not be sent.
     pub credits: HashMap<MessageKey, u32>,
     /// The messages of unknown outcome for which there is a credit. Their outcome stays unknown until the credit is
-    /// used. If the chat is read again before that, they must match again, and a waiting message can match one that
-    /// OurAPI altered only while its outcome is unknown.
+    /// used. If the chat is read again before that, they must match again. Of the waiting messages, only those of unknown
+    /// outcome can match a message that OurAPI altered.
     pub credited: Vec<EventId>,
 }
 

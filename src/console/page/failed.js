@@ -26,7 +26,7 @@ export const failed = {
   },
   show(data) {
     if (!data) return [head("Failed events"), loading(6)];
-    if (data.total === 0) return [head("Failed events"), nothing("check", "Nothing has failed", "Events that OurAPI permanently rejects, that could not be delivered after all attempts, or that cannot be parsed, are listed here until you resolve them.")];
+    if (data.total === 0) return [head("Failed events"), nothing("check", "No failed events need action", "Events that OurAPI permanently rejects, that could not be delivered after all attempts, or that cannot be parsed, are listed here until you resolve them.")];
     return [
       head(
         "Failed events",

@@ -153,7 +153,7 @@ function lists(data, status) {
       { "aria-labelledby": "reasons" },
       el("header", null, el("h2", { id: "reasons" }, "Failed, by reason"), status.failed > 0 && el("a", { href: "#/failed" }, "Resolve")),
       status.failed === 0
-        ? el("p.quietly", null, "Nothing has failed. Failed events stay here until you resolve them.")
+        ? el("p.quietly", null, "No failed events need action. A failed event stays here until you resolve it.")
         : el(
             "ul.reasons",
             null,

@@ -224,8 +224,8 @@ impl Reconciliation {
         Ok(())
     }
 
-    /// Folds `changes` and writes the difference. Returns `None` if nothing was written, because an existing chat was
-    /// adopted or the chat is lost.
+    /// Folds `changes` and writes the difference. Returns `None` if the changes were not made, because an existing
+    /// chat was adopted or the chat is lost.
     async fn write_chat(&mut self, changes: &[Pending]) -> Result<Option<Effect>, AttemptError> {
         let observed = &self.conversation.observed;
         let is_needed = !self.events.is_empty()

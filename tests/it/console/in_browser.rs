@@ -195,7 +195,9 @@ async fn selected_events_discarded_after_asking() {
 
         t.our_api.calm();
         browser.click(".group button", "Retry both").await;
-        browser.until_text("main", "Nothing has failed").await;
+        browser
+            .until_text("main", "No failed events need action")
+            .await;
         until("both are delivered", async || {
             t.our_api.message_count() == 3
         })
@@ -229,7 +231,9 @@ async fn groups_discarded_one_and_all() {
         browser.click(".head button", "Discard all").await;
         browser.click("#ask button", "Discard 2").await;
         t.until_events("discarded", 3).await;
-        browser.until_text("main", "Nothing has failed").await;
+        browser
+            .until_text("main", "No failed events need action")
+            .await;
         desk.done(browser).await;
     })
     .await;

@@ -240,6 +240,64 @@ async fn retry_of_a_rejected_message_that_was_added() {
     .await;
 }
 
+/// A message that a proxy refuses, or that is retried after a rejection, is not mistaken for another client's message of
+/// the same second.
+#[tokio::test]
+async fn refused_message_beside_another_clients() {
+    side_by_side([403, 422], async |refusal| {
+        run_test(async |t| {
+            t.differs("another client adds a message");
+            let daemon = with_a_chat(t).await;
+            t.our_api.has_message("c1", 5, "of another client");
+            t.our_api.upset(POST, status(refusal).body("{}"));
+            t.bigchat.reports([message(42, 5, "Hello")]);
+            if refusal == 422 {
+                t.until_events("failed", 1).await;
+                t.failed_command(&["retry", "--all"]).expect("it is there");
+            }
+            t.until_events("delivered", 2).await;
+            daemon.stop().await;
+            assert_eq!(t.our_api.sorted_messages(), ["Hello", "of another client"]);
+        })
+        .await;
+    })
+    .await;
+}
+
+/// A denied advisor is asked about again after a poll interval, however long that is.
+#[tokio::test]
+async fn denial_with_a_long_poll_interval() {
+    run_test(async |t| {
+        t.differs("the advisor is denied");
+        t.set("--poll-interval", "2h");
+        t.bigchat.forgets_advisor(7);
+        t.bigchat.reports([start(42, 0), message(42, 1, "Hello")]);
+        t.start();
+        let advisor = "GET /advisors/7";
+        until("it is denied", async || t.bigchat.count(advisor) > 0).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let count = t.bigchat.count(advisor);
+        assert!(count <= 2, "{count} requests");
+    })
+    .await;
+}
+
+/// A denial is no failed attempt, so changes are still merged after it.
+#[tokio::test]
+async fn merged_changes_after_a_denial() {
+    run_test(async |t| {
+        t.bigchat.upset("GET /advisors/8", status(404));
+        let daemon = t.start();
+        let asked = t
+            .delivers([start(42, 0), transfer(42, 3, 8), end(42, 9)])
+            .await;
+        daemon.stop().await;
+        let writes = asked.iter().filter(|line| !line.starts_with("GET"));
+        assert_eq!(writes.count(), 2, "an agent and a chat: {asked:?}");
+    })
+    .await;
+}
+
 /// The messages are read back after the restart, and only what is missing is sent.
 #[tokio::test]
 async fn crash_with_a_message_in_flight() {

@@ -508,16 +508,44 @@ async fn gone_agent_and_gone_advisor() {
     .await;
 }
 
-/// OurAPI may not show a message yet that was just delivered.
+/// OurAPI may not show yet what was just delivered, so a chat is read 2 s later.
 #[tokio::test]
-async fn read_that_lags_behind() {
+async fn reads_that_lag_behind() {
     run_test(async |t| {
         delivered(t, 42..43).await;
-        let read = "GET /chats/c1/messages";
-        t.our_api.upset(read, status(200).body("[]"));
+        // However long it takes to start the daemon.
+        t.execute("UPDATE deliveries SET delivered_at = delivered_at + 3600000");
+        pass_is_due(t);
+        let began = Instant::now();
+        let daemon = t.start();
+        until("the chat is read", async || {
+            t.our_api.count("GET /chats?") > 0
+        })
+        .await;
+        assert!(began.elapsed() >= Duration::from_secs(2));
+        until_verified(t).await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.asked().len(), 2, "the chat and its messages");
+    })
+    .await;
+}
+
+/// After a pass has forgotten that an advisor is denied, the messages of existing chats still do not wait for an answer
+/// about the advisor.
+#[tokio::test]
+async fn advisor_fails_after_a_denial() {
+    run_test(async |t| {
+        t.differs("the advisor is denied");
+        let advisor = "GET /advisors/7";
+        t.bigchat.upset(advisor, status(404).times(3));
+        let daemon = t.start();
+        t.delivers([start(42, 0), message(42, 1, "hello")]).await;
+        daemon.stop().await;
+        t.bigchat.calm();
+        t.bigchat.upset(advisor, status(500).always());
         make_a_pass(t).await;
-        assert_eq!(t.our_api.count(read), 2);
-        assert_eq!(writes(&t.our_api.asked()), NO_WRITES);
+        t.start();
+        t.delivers([message(42, 2, "again")]).await;
     })
     .await;
 }

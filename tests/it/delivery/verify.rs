@@ -2,8 +2,8 @@
 
 use crate::harness::process::{Process, Signal, finished};
 use crate::harness::services::ADD_MESSAGE;
-use crate::harness::{Bench, Test, run_live_test, side_by_side, until};
-use bigchat_sync::simulator::event::{end, message, transfer};
+use crate::harness::{Bench, Test, run_live_test, run_test, side_by_side, until};
+use bigchat_sync::simulator::event::{end, message, start, transfer};
 use bigchat_sync::simulator::fault::{dropped, slow, status};
 use std::io::Read;
 use std::process::{Output, Stdio};
@@ -200,6 +200,22 @@ async fn verification_while_an_event_waits() {
         assert_eq!(t.events("waiting"), 1);
         let ended = Process::start_as(t, t.program("verify")).ended().await;
         assert!(ended.success(), "{}", t.logged());
+    })
+    .await;
+}
+
+/// A chat whose advisor BigChat denies is restored without a daemon, too.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn repair_with_a_denied_advisor() {
+    run_test(async |t| {
+        t.differs("the advisor is denied");
+        t.bigchat.forgets_advisor(7);
+        let daemon = t.start();
+        t.delivers([start(42, 0), message(42, 1, "hello")]).await;
+        daemon.stop().await;
+        t.our_api.loses_chat("42");
+        verify(t, &["--repair"]).await;
+        assert_eq!(t.our_api.messages(), ["hello"]);
     })
     .await;
 }

@@ -881,6 +881,22 @@ async fn long_windows_are_not_answered() {
     .await;
 }
 
+/// The length of the window of this query in seconds; `None`: it is no query of a window.
+fn length_of(query: &str) -> Option<i64> {
+    let times: Vec<_> = form_urlencoded::parse(query.as_bytes())
+        .filter_map(|(_, value)| Timestamp::parse(&value))
+        .collect();
+    match times[..] {
+        [start, end] => Some(end.unix() - start.unix()),
+        _ => None,
+    }
+}
+
+/// A response that does not end.
+fn too_large() -> Tampered {
+    Tampered::without_end(b"HTTP/1.1 200 OK\r\n\r\n", &[b' '; 1 << 20], Duration::ZERO)
+}
+
 /// If the page of a window is too large, shorter ones are read. If that does not help, the reason names the setting.
 #[tokio::test]
 async fn page_of_a_window_is_too_large() {
@@ -891,17 +907,8 @@ async fn page_of_a_window_is_too_large() {
         let limit = Arc::clone(&longest);
         let url = tampering(&t.bigchat.url(), move |line, answer| {
             let query = line.split(['?', ' ']).nth(2).unwrap_or_default();
-            let times: Vec<_> = form_urlencoded::parse(query.as_bytes())
-                .filter_map(|(_, value)| Timestamp::parse(&value))
-                .collect();
-            match times[..] {
-                [start, end] if end.unix() - start.unix() > limit.load(Ordering::Relaxed) => {
-                    Tampered::without_end(
-                        b"HTTP/1.1 200 OK\r\n\r\n",
-                        &[b' '; 1 << 20],
-                        Duration::ZERO,
-                    )
-                }
+            match length_of(query) {
+                Some(length) if length > limit.load(Ordering::Relaxed) => too_large(),
                 _ => answer.into(),
             }
         })
@@ -916,6 +923,31 @@ async fn page_of_a_window_is_too_large() {
             t.status().0.to_string().contains(reason)
         })
         .await;
+    })
+    .await;
+}
+
+/// The same if a later page is too large.
+#[tokio::test]
+async fn later_page_is_too_large() {
+    run_test(async |t| {
+        t.once().await;
+        let url = tampering(&t.bigchat.url(), move |line, answer| {
+            let query = line.split(['?', ' ']).nth(2).unwrap_or_default();
+            if line.starts_with("GET /events") && query.contains("page=2") {
+                return too_large();
+            }
+            if length_of(query).is_some_and(|length| length > 6) {
+                let body = br#"{"nextPageUrl":"?page=2","events":[]}"#;
+                return with_body(&answer, "", body).into();
+            }
+            answer.into()
+        })
+        .await;
+        t.set("--bigchat-url", &url);
+        t.bigchat.clock(NOW + 20);
+        t.start();
+        t.until_cursor(NOW + 20).await;
     })
     .await;
 }
