@@ -38,7 +38,8 @@ pub struct Settings {
     #[arg(long, global = true, env = "BIGCHAT_SYNC_OUR_API_URL", value_name = "URL", default_value = "http://127.0.0.1:8266", value_parser = base_url)]
     pub our_api_url: Url,
 
-    /// Database file; the daemon and `once` create it if it is missing [default: bigchat-sync.db in $STATE_DIRECTORY, else in the working directory].
+    /// Database file; the daemon and `once` create it if it is missing [default: bigchat-sync.db in $STATE_DIRECTORY,
+    /// else in the working directory].
     #[arg(long, global = true, env = "BIGCHAT_SYNC_DB", value_name = "FILE")]
     pub db: Option<PathBuf>,
 

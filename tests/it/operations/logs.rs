@@ -258,7 +258,7 @@ async fn many_failures_are_counted() {
         assert!(daemon.stop().await.success());
         let log = t.logged();
         let (lines, messages) = (lines(&log), messages(&log));
-        let for_good = "OurAPI permanently rejects an event; resolve it with `bigchat-sync failed`";
+        let for_good = "OurAPI permanently rejects an event; see `bigchat-sync failed list`";
         assert_eq!(messages[for_good], BURST, "{log}");
         assert!(
             messages.values().all(|count| *count <= BURST),
