@@ -58,12 +58,16 @@ impl Timestamp {
         (self < middle && middle < later).then_some(middle)
     }
 
-    /// Parses a time from OurAPI: RFC 3339, or the same without an offset, which means UTC. Other clients may have
-    /// stored a year outside the range of `Timestamp`; the nearest time in range is returned.
+    /// Parses a time from OurAPI: RFC 3339, or the same with a space instead of the T, or without an offset, which
+    /// means UTC. Other clients may have stored a year outside the range of `Timestamp`; the nearest time in range is
+    /// returned.
     pub fn parse(text: &str) -> Option<Self> {
         let seconds = match DateTime::parse_from_rfc3339(text) {
             Ok(time) => time.timestamp(),
-            Err(_) => text.parse::<NaiveDateTime>().ok()?.and_utc().timestamp(),
+            Err(_) => {
+                let time: NaiveDateTime = text.replacen(' ', "T", 1).parse().ok()?;
+                time.and_utc().timestamp()
+            }
         };
         Some(Self::clamped(seconds))
     }
@@ -210,6 +214,8 @@ mod tests {
         assert_eq!(Timestamp::parse("2025-11-22T22:03:27"), expected);
         assert_eq!(Timestamp::parse("2025-11-22T22:03:27Z"), expected);
         assert_eq!(Timestamp::parse("2025-11-22T22:03:27.000"), expected);
+        assert_eq!(Timestamp::parse("2025-11-22 22:03:27"), expected);
+        assert_eq!(Timestamp::parse("2025-11-22 22:03:27+00:00"), expected);
         assert_eq!(Timestamp::parse("2025-11-23T00:03:27+02:00"), expected);
         assert_eq!(Timestamp::parse("yesterday"), None);
         let nearest = |text| Timestamp::parse(text).map(|time| time.to_string());

@@ -326,15 +326,17 @@ fn acknowledged(response: &mut Response) -> std::result::Result<(), String> {
 
 fn time<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Timestamp, D::Error> {
     let text = String::deserialize(deserializer)?;
-    Timestamp::parse(&text).ok_or_else(|| serde::de::Error::custom("not a time"))
+    Timestamp::parse(&text).ok_or_else(|| serde::de::Error::custom("expected a time"))
 }
 
 fn optional_time<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> std::result::Result<Option<Timestamp>, D::Error> {
     let text = Option::<String>::deserialize(deserializer)?;
-    text.map(|text| Timestamp::parse(&text).ok_or_else(|| serde::de::Error::custom("not a time")))
-        .transpose()
+    text.map(|text| {
+        Timestamp::parse(&text).ok_or_else(|| serde::de::Error::custom("expected a time"))
+    })
+    .transpose()
 }
 
 #[cfg(test)]

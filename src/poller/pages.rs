@@ -7,9 +7,10 @@ use crate::bigchat::canonical_query;
 use crate::domain::dedupe::{Counts, Key, is_repetition};
 use crate::journal::{Journal, JournalError, Store, StoredPage};
 
-/// How many successive pages without events complete a window, since a service may return empty pages without end.
-/// Single empty pages are common.
-const MAX_EMPTY_PAGES: usize = 10;
+/// How many successive pages that are empty or repeat earlier ones complete a window, since a service may return such
+/// pages without end. Single ones prove nothing: empty pages are common, and in a flood of equal messages, a page may
+/// equal the previous one.
+const MAX_IDLE_PAGES: usize = 10;
 
 #[derive(Debug, Default)]
 pub(super) struct Pages {
@@ -75,14 +76,12 @@ impl Pages {
 
     /// Why a page with these keys is the last one, even if it names a next page.
     pub(super) fn end_of(&self, last: &[Key]) -> Option<&'static str> {
-        let empty = self.keys.iter().rev().take_while(|keys| keys.is_empty());
-        if is_repetition(&self.keys, last) {
-            Some("pages repeat earlier ones of the same window")
-        } else if last.is_empty() && empty.count() + 1 >= MAX_EMPTY_PAGES {
-            Some("too many successive pages have no events")
-        } else {
-            None
-        }
+        let is_idle =
+            |before: &[Vec<Key>], page: &[Key]| page.is_empty() || is_repetition(before, page);
+        let pages = (0..self.keys.len()).rev();
+        let idle = pages.take_while(|&page| is_idle(&self.keys[..page], &self.keys[page]));
+        let is_last = is_idle(&self.keys, last) && idle.count() + 1 >= MAX_IDLE_PAGES;
+        is_last.then_some("too many successive pages are empty or repeat earlier ones")
     }
 
     /// Whether this page of the window was requested before.
