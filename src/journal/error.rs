@@ -9,8 +9,11 @@ use crate::telemetry::terminal::{shown, shown_in_full};
 /// Why a database was not opened. Unless the disk fails, nothing in it was changed.
 #[derive(Debug, Error)]
 pub enum OpenError {
-    /// Another daemon is using it.
-    #[error("another bigchat-sync is using {}; stop it first, or set another database with --db", shown(.0))]
+    /// Another process that delivers is using it.
+    #[error(
+        "another bigchat-sync is using {} (a daemon, `once` or `verify`); stop it or let it finish, or set another database with --db",
+        shown(.0)
+    )]
     InUse(PathBuf),
     /// A daemon is using it through another hard link or mount, where its write-ahead log is.
     #[error(
