@@ -1,8 +1,7 @@
 //! Ingestion: appends the events of stored pages to the journal once the epoch of the pages is known.
 
-use std::time::Duration;
-
 use tokio::task::yield_now;
+use tokio::time::Instant;
 
 use super::pages::Pages;
 use super::{PollError, Poller};
@@ -11,10 +10,43 @@ use crate::domain::event::EventKind;
 use crate::domain::ids::Epoch;
 use crate::domain::time::Millis;
 use crate::journal::{JournalError, StoredPage};
+use crate::settings::Settings;
 
-/// After this many polls without a response to the probe, BigChat counts as not restarted. If it has restarted
-/// nevertheless, the events of two epochs are mixed, while waiting costs only time. The number is therefore large.
-const MAX_FAILED_PROBES: u32 = 30;
+/// How long new events have waited for BigChat's answer to a question about its epoch.
+#[derive(Debug, Default)]
+pub(super) struct Wait {
+    /// When BigChat first left the question unanswered.
+    since: Option<Instant>,
+    is_over: bool,
+}
+
+impl Wait {
+    /// Records that BigChat did not answer in this poll. After `--retry-max`, it counts as not restarted. If it has
+    /// restarted nevertheless, the events of two epochs are mixed, while waiting costs only time.
+    ///
+    /// # Errors
+    ///
+    /// [`PollError::Unanswered`] while the events still wait.
+    fn unanswered(&mut self, settings: &Settings) -> Result<(), PollError> {
+        let since = *self.since.get_or_insert_with(|| {
+            let at_most = settings.retry_max.max(settings.poll_interval);
+            tracing::warn!(
+                at_most = %humantime::format_duration(at_most),
+                "BigChat did not answer the probe for a restart; new events wait until it does"
+            );
+            Instant::now()
+        });
+        if since.elapsed() < settings.retry_max {
+            return Err(PollError::Unanswered);
+        }
+        if !std::mem::replace(&mut self.is_over, true) {
+            tracing::warn!(
+                "BigChat did not answer the probe for a restart; new events wait no longer"
+            );
+        }
+        Ok(())
+    }
+}
 
 impl Poller {
     /// Ingests the stored pages. Returns whether any event was not known already.
@@ -34,7 +66,7 @@ impl Poller {
             page.may_be_dropped = Some(page.window_start) < self.dropped_before;
             epochs.push(self.epoch_of(page).await?);
         }
-        self.failed_page_probes = 0;
+        self.page_wait = Wait::default();
         let new = std::mem::take(&mut pages.new).into_iter().zip(epochs);
         let (counts, mark) = (pages.counts(), self.signals.replay_until.clone());
         let (ignore, started_at) = (self.settings.ignore_events.clone(), self.started_at);
@@ -82,20 +114,20 @@ impl Poller {
         Ok(all.iter().any(|(ingested, _)| ingested.progress))
     }
 
-    /// The epoch of a page. If BigChat does not answer, the page waits for some polls. After that, the time at which it
-    /// was served determines the epoch.
+    /// The epoch of a page. If BigChat does not answer, the page waits. After that, the time at which it was served
+    /// determines the epoch.
     async fn epoch_of(&mut self, page: &StoredPage) -> Result<Epoch, PollError> {
-        if self.failed_page_probes < MAX_FAILED_PROBES {
+        if !self.page_wait.is_over {
             if let Some(epoch) = epoch::epoch_of(&self.source, page).await? {
                 return Ok(epoch);
             }
-            unanswered(&mut self.failed_page_probes, self.settings.poll_interval)?;
+            self.page_wait.unanswered(&self.settings)?;
         }
         Ok(epoch::epoch_by_time(&self.source, page).await?)
     }
 
     /// Checks before an ingestion whether BigChat has restarted: by a probe, or else by a START whose time is not that
-    /// of the known conversation with the same id. If BigChat does not answer, the stored pages wait for some polls.
+    /// of the known conversation with the same id. If BigChat does not answer, the stored pages wait.
     async fn detect_restart(&mut self, pages: &mut Pages) -> Result<(), PollError> {
         let probed = self.probe(pages).await?;
         if matches!(probed, ProbeResult::Unknown | ProbeResult::Unanswered) {
@@ -117,15 +149,15 @@ impl Poller {
             if let Some(started_at) = other {
                 let now = self.source.clock().now().unwrap_or(started_at);
                 epoch::begin(&self.source, current, started_at.min(now)).await?;
-                self.failed_probes = 0;
+                self.wait = Wait::default();
                 return Ok(());
             }
         }
         if probed != ProbeResult::Unanswered || !pages.has_new() {
-            self.failed_probes = 0;
+            self.wait = Wait::default();
             return Ok(());
         }
-        unanswered(&mut self.failed_probes, self.settings.poll_interval)
+        self.wait.unanswered(&self.settings)
     }
 
     /// Probes BigChat for a restart. If it has not restarted, pages requested in the current epoch were also served in
@@ -141,32 +173,4 @@ impl Poller {
         }
         Ok(probed)
     }
-}
-
-/// Counts another poll in which BigChat did not answer the probe for a restart.
-///
-/// # Errors
-///
-/// [`PollError::Unanswered`] while the stored pages still wait for an answer.
-fn unanswered(polls: &mut u32, interval: Duration) -> Result<(), PollError> {
-    *polls = polls.saturating_add(1);
-    match *polls {
-        1 => {
-            let at_most = humantime::format_duration(interval.saturating_mul(MAX_FAILED_PROBES));
-            tracing::warn!(
-                %at_most,
-                "BigChat did not answer the probe for a restart; new events wait until it does"
-            );
-        }
-        MAX_FAILED_PROBES => {
-            tracing::warn!(
-                "BigChat did not answer the probe for a restart; new events wait no longer"
-            );
-        }
-        _ => {}
-    }
-    if *polls < MAX_FAILED_PROBES {
-        return Err(PollError::Unanswered);
-    }
-    Ok(())
 }

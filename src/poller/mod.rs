@@ -17,6 +17,7 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use self::ingest::Wait;
 use self::pages::Pages;
 use self::read::FetchEnd;
 use self::standstill::Standstill;
@@ -105,10 +106,10 @@ pub struct Poller {
     max_window: Duration,
     /// In how many polls the same page could not be fetched. Only a page that is not the first of its window counts.
     page_failures: u32,
-    /// In how many polls the probe for a restart had no response.
-    failed_probes: u32,
-    /// In how many polls the epoch of a page could not be determined.
-    failed_page_probes: u32,
+    /// For a response to the probe for a restart.
+    wait: Wait,
+    /// For the epoch of a page.
+    page_wait: Wait,
     /// For retention.
     clock: SteadyClock,
     /// When the unfinished window was computed.
@@ -158,8 +159,8 @@ impl Poller {
             dropped_before: None,
             clock_reported: false,
             page_failures: 0,
-            failed_probes: 0,
-            failed_page_probes: 0,
+            wait: Wait::default(),
+            page_wait: Wait::default(),
             clock: SteadyClock::new(Millis::now(), Instant::now()),
             standstill: Standstill::default(),
             window_at: None,
@@ -217,7 +218,7 @@ impl Poller {
                 _ if self.unstored() > 0 => sleep(STORAGE_PAUSE).await,
                 Ok(PollOutcome::More) => {}
                 Err(PollError::Unanswered) => tokio::select! {
-                    () = sleep(self.settings.poll_interval) => {}
+                    () = sleep(self.settings.poll_interval.min(self.settings.retry_max)) => {}
                     () = self.signals.stopping.cancelled() => {}
                 },
                 _ if self.max_window < max_window => {}

@@ -847,10 +847,11 @@ async fn rate_limit_between_pages() {
     .await;
 }
 
-/// `once` delivers even if BigChat does not answer the probe for a restart.
+/// `once` delivers even if BigChat does not answer the probe for a restart, and waits no longer than `--retry-max`.
 #[tokio::test]
 async fn once_without_details() {
     run_test(async |t| {
+        t.set("--poll-interval", "10m");
         t.bigchat.reports([start(42, 0), message(42, 1, "one")]);
         t.once().await;
         t.bigchat

@@ -228,6 +228,7 @@ async fn restart_right_after_a_page() {
 #[tokio::test]
 async fn no_details_after_a_restart() {
     run_live_test(async |t| {
+        t.set("--retry-max", "1m");
         let daemon = Process::start(t);
         let now = t.now();
         t.bigchat.open(2, now - 100, 1);
@@ -236,9 +237,9 @@ async fn no_details_after_a_restart() {
         t.bigchat.hold(true);
         t.bigchat.restart();
         t.bigchat.open(2, now, 1);
-        // Of ten polls.
+        // Of 40 polls, which take two seconds.
         t.bigchat
-            .upset("GET /conversations/{id}", status(500).times(60));
+            .upset("GET /conversations/{id}", status(500).times(240));
         t.bigchat.reports([message(2, now, "of after")]);
         t.bigchat.hold(false);
         t.until_events("delivered", 2).await;
