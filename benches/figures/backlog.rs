@@ -98,7 +98,14 @@ fn ingest(store: &mut Store, events: &[String]) {
     page_events(&page.body, |_| count += 1).expect("a page");
     assert_eq!(count, events.len());
     store
-        .ingest(&page, Epoch(1), &Counts::default(), &[], Millis::now())
+        .ingest(
+            &page,
+            Epoch(1),
+            false,
+            &Counts::default(),
+            &[],
+            Millis::now(),
+        )
         .expect("it is ingested");
     store.end_poll(at, Millis::now(), 0).expect("it ends");
 }

@@ -98,9 +98,6 @@ pub struct StoredPage {
     pub requested_in: Epoch,
     /// The epoch to which it belongs, once that is certain.
     pub epoch: Option<Epoch>,
-    /// Whether events of its window may have been dropped after the retention period. If the page has them again, they
-    /// were delivered before.
-    pub may_be_dropped: bool,
 }
 
 impl StoredPage {
@@ -250,7 +247,6 @@ impl Store {
                 ingested: row.get(5)?,
                 requested_in: row.get(6)?,
                 epoch: None,
-                may_be_dropped: false,
             })
         })?;
         Ok(pages.collect::<rusqlite::Result<_>>()?)
@@ -355,12 +351,14 @@ impl Store {
     }
 
     /// Ingests the events of a stored page into their conversations in the page's epoch. An event is new if the journal
-    /// has fewer equal ones than were `received` on the stored pages. The conversations of new events become due. If
-    /// delivered events of the page may have been dropped, the chats are read back first.
+    /// has fewer equal ones than were `received` on the stored pages. The conversations of new events become due.
+    /// `may_be_dropped`: events of the page's window may have been delivered, and dropped after the retention period,
+    /// so the chats are read back first.
     pub fn ingest(
         &mut self,
         page: &StoredPage,
         epoch: Epoch,
+        may_be_dropped: bool,
         received: &Received,
         ignore: &[String],
         now: Millis,
@@ -419,7 +417,7 @@ impl Store {
         transaction
             .prepare_cached("UPDATE inbox SET ingested = 1 WHERE id = ?1")?
             .execute([page.id])?;
-        if page.may_be_dropped {
+        if may_be_dropped {
             transaction.execute(
                 "UPDATE conversations SET read_in_session = 0 WHERE id IN (SELECT conversation FROM events WHERE id > ?1)",
                 [before],

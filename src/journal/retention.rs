@@ -211,7 +211,7 @@ mod tests {
         for page in store.stored_pages().expect("pages") {
             let received = Counts::of(&[page.keys()]);
             store
-                .ingest(&page, Epoch(1), &received, &[], now)
+                .ingest(&page, Epoch(1), false, &received, &[], now)
                 .expect("events");
         }
         store.end_poll(cursor, now, 0).expect("the end of a poll");

@@ -61,15 +61,14 @@ impl Poller {
         let started_at = now.map(|now| now.minus(self.created_at.elapsed()));
         self.started_at = self.started_at.max(started_at);
         let mut epochs = Vec::new();
-        for page in &mut pages.new {
-            // True if the window goes back to dropped events, because BigChat's clock was set back.
-            page.may_be_dropped = Some(page.window_start) < self.dropped_before;
+        for page in &pages.new {
             epochs.push(self.epoch_of(page).await?);
         }
         self.page_wait = Wait::default();
         let new = std::mem::take(&mut pages.new).into_iter().zip(epochs);
         let (counts, mark) = (pages.counts(), self.signals.replay_until.clone());
         let (ignore, started_at) = (self.settings.ignore_events.clone(), self.started_at);
+        let dropped_before = self.dropped_before;
         // All in one operation, so that delivery merges the changes of a chat across pages. If the journal refuses a
         // page, the pages before it are ingested nevertheless, and the next poll loads the rest.
         let (all, result) = self
@@ -78,12 +77,15 @@ impl Poller {
                 let mut all = Vec::new();
                 for (page, epoch) in new {
                     let now = Millis::now();
-                    let ingested = match store.ingest(&page, epoch, &counts, &ignore, now) {
-                        Ok(ingested) => ingested,
-                        Err(error) => return Ok((all, Err(error))),
-                    };
+                    // True if the window goes back to dropped events, because BigChat's clock was set back.
+                    let may_be_dropped = Some(page.window_start) < dropped_before;
+                    let ingested =
+                        match store.ingest(&page, epoch, may_be_dropped, &counts, &ignore, now) {
+                            Ok(ingested) => ingested,
+                            Err(error) => return Ok((all, Err(error))),
+                        };
                     let before_session = started_at.is_none_or(|at| page.window_start < at);
-                    if before_session || page.may_be_dropped {
+                    if before_session || may_be_dropped {
                         // This must happen before delivery can claim these events.
                         mark.raise(ingested.last_event);
                     }

@@ -7,7 +7,8 @@ use tokio::time::Instant;
 
 use super::pages::Pages;
 use super::{MAX_BYTES, MAX_PAGES, PollError, Poller};
-use crate::bigchat::{canonical_query, window_query};
+use crate::bigchat::{Page, canonical_query, window_query};
+use crate::domain::ids::Epoch;
 use crate::domain::time::Timestamp;
 use crate::domain::window::Window;
 use crate::http::route::Route;
@@ -59,7 +60,7 @@ impl Poller {
             // If an earlier page was just read, this one is retried at once: by the next poll, BigChat may have divided
             // the events into pages differently.
             let attempts = if bytes > 0 { PAGE_ATTEMPTS } else { 1 };
-            let page = match self.source.events(&query, attempts).await {
+            let mut page = match self.source.events(&query, attempts).await {
                 Ok(page) => page,
                 Err(error) => {
                     if (is_first || error.exchange.cause == Some(Cause::PageTooLarge))
@@ -80,7 +81,7 @@ impl Poller {
             bytes += page.body.len();
             let now = self.source.clock().now().unwrap_or(window.end);
             let keys = keys(&page.body);
-            let next = page.next.filter(|next| {
+            let next = page.next.take().filter(|next| {
                 let end = if canonical_query(next) == canonical_query(&query) || pages.has(next) {
                     Some("BigChat's pagination loops")
                 } else {
@@ -95,16 +96,10 @@ impl Poller {
                 Some(next) => WindowProgress::Next(next),
                 None => WindowProgress::Complete(self.read_up_to(window.end, now).await?),
             };
-            let page = NewPage {
-                query,
-                requested_in,
-                served_at: page.date.unwrap_or(now),
-                window,
-                body: page.body,
-                events: page.events,
-                progress: progress.clone(),
-            };
-            pages.add(self.store_new(page).await?, keys);
+            let page = self
+                .store_new(page, now, query, requested_in, window, progress.clone())
+                .await?;
+            pages.add(page, keys);
             match progress {
                 WindowProgress::Next(next) => query = next,
                 WindowProgress::Complete(cursor) => return Ok(FetchEnd::Complete(cursor)),
@@ -147,8 +142,9 @@ impl Poller {
             _ => SHORT_WINDOW.max(self.settings.poll_overlap + SECOND),
         };
         let length = window.end.since(window.start);
-        let max_window = (length / 2).max(shortest).min(self.max_window);
-        if length <= shortest || max_window == self.max_window {
+        let max_window = (length / 2).max(shortest);
+        // The windows are as short already, or this one was short enough not to be the reason.
+        if max_window >= length.min(self.max_window) {
             return;
         }
         // A single failure need not be due to the length, so only the next one is logged.
@@ -222,44 +218,48 @@ impl Poller {
             Err(error) => return Err(error.into()),
         };
         let keys = keys(&page.body);
-        let page = NewPage {
+        // After an interruption, the window is requested anew, and so the search begins again.
+        let progress = WindowProgress::Next(window_query(window));
+        let page = self
+            .store_new(page, now, query, requested_in, window, progress)
+            .await?;
+        pages.add(page, keys);
+        self.ingest(pages).await?;
+        pages.clear(&self.journal).await?;
+        Ok(true)
+    }
+
+    /// Stores a page that was received at `now`.
+    async fn store_new(
+        &mut self,
+        page: Page,
+        now: Timestamp,
+        query: String,
+        requested_in: Epoch,
+        window: Window,
+        progress: WindowProgress,
+    ) -> Result<StoredPage, PollError> {
+        let page = Arc::new(NewPage {
             query,
             requested_in,
             served_at: page.date.unwrap_or(now),
             window,
             body: page.body,
             events: page.events,
-            // After an interruption, the window is requested anew, and so the search begins again.
-            progress: WindowProgress::Next(window_query(window)),
-        };
-        pages.add(self.store_new(page).await?, keys);
-        self.ingest(pages).await?;
-        pages.clear(&self.journal).await?;
-        Ok(true)
-    }
-
-    async fn store_new(&mut self, page: NewPage) -> Result<StoredPage, PollError> {
-        let page = Arc::new(page);
+            progress,
+        });
         let id = self.store(Arc::clone(&page)).await?;
         tracing::debug!(events = page.events, query = %page.query, "page stored");
-        let NewPage {
-            query,
-            requested_in,
-            served_at,
-            window,
-            body,
-            ..
-        } = Arc::unwrap_or_clone(page);
+        let page = Arc::unwrap_or_clone(page);
         Ok(StoredPage {
             id,
-            query,
-            served_at,
+            query: page.query,
+            served_at: page.served_at,
             window_start: window.start,
-            body,
+            body: page.body,
             ingested: false,
             requested_in,
             epoch: None,
-            may_be_dropped: false,
         })
     }
 

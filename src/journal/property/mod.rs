@@ -330,6 +330,7 @@ impl Pair {
             .ingest(
                 stored,
                 Epoch(1),
+                false,
                 &Counts::of(&[stored.keys()]),
                 &[],
                 self.now(),
