@@ -125,6 +125,7 @@ impl Exchange {
         target: &Target,
         body: Option<&impl serde::Serialize>,
         response: Result<&Response, &str>,
+        cause: Option<Cause>,
     ) -> Self {
         let (method, path) = (target.route.method(), target.path());
         let body = body
@@ -145,7 +146,7 @@ impl Exchange {
         };
         Self {
             is_read: method.is_safe(),
-            cause: None,
+            cause,
             request: shortened(&format!("{method} {path} {body}")),
             status,
             response: shortened(&response),

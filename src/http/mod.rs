@@ -270,10 +270,9 @@ impl Http {
                 ..
             })
         );
-        let mut cause;
-        let (kind, mut exchange) = match sent {
+        let (kind, exchange) = match sent {
             Ok(mut response) => {
-                cause = Cause::of(&response);
+                let mut cause = Cause::of(&response);
                 let kind = match (ErrorKind::of(route, &response), response.rate_limit) {
                     (_, Some(limit)) => ErrorKind::RateLimited {
                         until: limit.until,
@@ -291,18 +290,18 @@ impl Http {
                         }
                     },
                 };
-                (kind, Exchange::new(target, body, Ok(&response)))
+                (kind, Exchange::new(target, body, Ok(&response), cause))
             }
             Err(NoResponse {
                 kind,
                 reason,
                 too_large,
             }) => {
-                cause = (too_large && route == Route::Events).then_some(Cause::PageTooLarge);
-                (kind, Exchange::new(target, body, Err(&reason)))
+                let is_page = too_large && route == Route::Events;
+                let cause = is_page.then_some(Cause::PageTooLarge);
+                (kind, Exchange::new(target, body, Err(&reason), cause))
             }
         };
-        exchange.cause = cause;
         let error = ApiError {
             api: self.api,
             kind,
