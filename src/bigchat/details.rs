@@ -2,11 +2,12 @@
 //! conversation or advisor after a restart of BigChat.
 
 use super::epoch::{self, ProbeResult};
+use super::source::not_sent;
 use super::{Source, SourceError};
 use crate::domain::conversation::{Conversation, Details};
 use crate::domain::ids::{AdvisorId, Epoch};
 use crate::domain::time::{Millis, Timestamp};
-use crate::http::{Api, ApiError, ErrorKind};
+use crate::http::{ApiError, ErrorKind};
 use crate::journal::{Denial, KnownAdvisor};
 
 /// Reads a conversation's details into it: its start time and first advisor. If BigChat does not know the conversation,
@@ -17,7 +18,7 @@ pub async fn read(source: &Source, conversation: &mut Conversation) -> Result<()
         return Ok(());
     }
     let id = conversation.bigchat_id;
-    match request(source, source.conversation(id, 1)).await {
+    match source.unless_down(source.conversation(id, 1)).await {
         Err(error) => {
             denied(source, conversation.epoch, Denial::Conversation, id, error).await?;
             tracing::warn!(
@@ -87,7 +88,7 @@ pub async fn advisor(
     let known = if source.epoch() != epoch {
         KnownAdvisor::Gone
     } else {
-        match request(source, source.advisor(id)).await {
+        match source.unless_down(source.advisor(id)).await {
             Ok(advisor) if is_same_epoch(source, epoch).await? => KnownAdvisor::Person {
                 name: advisor.name.trim().to_owned(),
                 email: advisor.email_address.trim().to_owned(),
@@ -126,21 +127,6 @@ async fn is_same_epoch(source: &Source, epoch: Epoch) -> Result<bool, SourceErro
         ProbeResult::Unanswered => {
             Err(not_sent("BigChat did not answer the probe for a restart").into())
         }
-    }
-}
-
-fn not_sent(reason: &str) -> ApiError {
-    ApiError::not_sent(Api::BigChat, ErrorKind::Unreachable, reason)
-}
-
-/// Makes a request if the circuit breaker lets it pass.
-pub(super) async fn request<T>(
-    source: &Source,
-    request: impl Future<Output = Result<T, ApiError>>,
-) -> Result<T, ApiError> {
-    match source.accepts_requests() {
-        true => request.await,
-        false => Err(not_sent("BigChat is down; the request waits")),
     }
 }
 

@@ -9,7 +9,6 @@ use std::cmp::Reverse;
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 
-use super::details::request;
 use super::{Details, Source};
 use crate::domain::event::{Event, EventKind};
 use crate::domain::ids::Epoch;
@@ -182,7 +181,7 @@ pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch
 async fn conversation(source: &Source, id: i64) -> Result<Details, ApiError> {
     let mut requests = 1;
     loop {
-        match request(source, source.conversation(id, ATTEMPTS)).await {
+        match source.unless_down(source.conversation(id, ATTEMPTS)).await {
             Err(error) if error.is_not_found() && requests < NOT_FOUND_ATTEMPTS => requests += 1,
             result => return result,
         }

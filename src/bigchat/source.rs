@@ -107,9 +107,18 @@ impl Source {
         }
     }
 
-    /// Whether the circuit breaker lets requests for details pass.
-    pub(super) fn accepts_requests(&self) -> bool {
-        let circuit = self.http().circuit(Millis::now());
-        !matches!(circuit, Circuit::Open { .. })
+    /// Makes a request for details if the circuit breaker lets it pass.
+    pub(super) async fn unless_down<T>(
+        &self,
+        request: impl Future<Output = Result<T, ApiError>>,
+    ) -> Result<T, ApiError> {
+        match self.http().circuit(Millis::now()) {
+            Circuit::Open { .. } => Err(not_sent("BigChat is down; the request waits")),
+            _ => request.await,
+        }
     }
+}
+
+pub(super) fn not_sent(reason: &str) -> ApiError {
+    ApiError::not_sent(Api::BigChat, ErrorKind::Unreachable, reason)
 }
