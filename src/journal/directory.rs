@@ -337,7 +337,7 @@ impl Store {
 
 /// Forgets which advisors BigChat denies and which agents OurAPI denies, so that they are asked for again. Their
 /// denials stay counted, so a single further one is believed. Advisors of earlier epochs stay denied.
-pub(super) fn forget_denials(connection: &Connection) -> Result<()> {
+pub(super) fn ask_again(connection: &Connection) -> Result<()> {
     connection.execute("DELETE FROM agents WHERE agent_id IS NULL", [])?;
     connection.execute(
         "DELETE FROM advisors WHERE name IS NULL AND epoch = (SELECT max(id) FROM epochs)",

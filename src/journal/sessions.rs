@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rusqlite::{Connection, params};
 
-use super::directory::forget_denials;
+use super::directory::ask_again;
 use super::{Result, Store, pause};
 use crate::domain::ids::{Epoch, EventId};
 use crate::domain::pause::Pause;
@@ -78,7 +78,7 @@ impl Store {
         let last_end = last_end(&transaction)?;
         let (pause, _) = pause::latest(&transaction)?;
         // OurAPI or BigChat may have been repaired since.
-        forget_denials(&transaction)?;
+        ask_again(&transaction)?;
         // Chats with waiting events are read back anyway.
         transaction.execute("DELETE FROM credits", [])?;
         let session = transaction.query_row(

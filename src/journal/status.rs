@@ -34,7 +34,7 @@ const GROUPS: u32 = 100;
 const DIFFERING: u32 = 10;
 
 /// The maximum number of advisors shown for each reason.
-const ADVISORS: usize = 10;
+const ADVISORS: u32 = 10;
 
 /// The maximum number of gaps shown.
 const GAPS: u32 = 10;
@@ -377,14 +377,16 @@ fn without_agent(connection: &Connection) -> Result<Vec<WithoutAgent>> {
     let mut all = Vec::new();
     for denied in [Denial::Advisor, Denial::Agent] {
         let mut statement = connection.prepare_cached(
-            "SELECT bigchat_id FROM denials
-             WHERE what = ?1 AND count >= ?2 AND epoch = (SELECT max(id) FROM epochs) ORDER BY bigchat_id",
+            "SELECT bigchat_id, count(*) OVER () FROM denials
+             WHERE what = ?1 AND count >= ?2 AND epoch = (SELECT max(id) FROM epochs) ORDER BY bigchat_id LIMIT ?3",
         )?;
-        let advisors = statement.query_map(params![denied, BELIEVED_DENIALS], |row| row.get(0))?;
-        let mut advisors: Vec<AdvisorId> = advisors.collect::<rusqlite::Result<_>>()?;
-        if !advisors.is_empty() {
-            let count = advisors.len() as u64;
-            advisors.truncate(ADVISORS);
+        let (mut count, mut advisors) = (0, Vec::new());
+        let mut rows = statement.query(params![denied, BELIEVED_DENIALS, ADVISORS])?;
+        while let Some(row) = rows.next()? {
+            advisors.push(row.get(0)?);
+            count = unsigned(row, 1)?;
+        }
+        if count > 0 {
             all.push(WithoutAgent {
                 denied,
                 count,

@@ -11,7 +11,7 @@ use std::time::Duration;
 use rusqlite::types::Type;
 use rusqlite::{Connection, OptionalExtension, params};
 
-use super::directory::forget_denials;
+use super::directory::ask_again;
 use super::queue::{ClaimRequest, Loading, load_chat};
 use super::{JournalError, Result, Store, count, limit, unsigned};
 use crate::domain::ids::{ConversationId, VerificationId};
@@ -145,7 +145,7 @@ impl Store {
             return Ok(None);
         }
         if repair {
-            forget_denials(&transaction)?;
+            ask_again(&transaction)?;
         }
         transaction.commit()?;
         Ok(Some(verification))
@@ -269,7 +269,7 @@ impl Store {
     fn begin_pass(&mut self, is_first: bool, now: Millis) -> Result<Pass> {
         let transaction = self.begin()?;
         transaction.execute("DELETE FROM verifications WHERE idle", [])?;
-        forget_denials(&transaction)?;
+        ask_again(&transaction)?;
         let ended_at = is_first.then_some(now);
         let id = transaction.query_row(
             "INSERT INTO verifications (idle, requested_at, ended_at, repair, last_event)
