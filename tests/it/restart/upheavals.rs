@@ -479,7 +479,7 @@ async fn unknown_advisor_in_next_session() {
         let daemon = t.start();
         t.delivers([start(43, 1), transfer(43, 4, 8)]).await;
         daemon.stop().await;
-        assert_eq!(t.our_api.chats()[1], "43 22:00:01 - a2");
+        assert_eq!(t.our_api.chats()[1], "43 22:00:01 - a1");
     })
     .await;
 }
