@@ -1,7 +1,6 @@
 //! The client of BigChat's three routes, with types that follow the contract.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -18,7 +17,7 @@ use crate::domain::json::{self, Integer, Malformed};
 use crate::domain::time::Timestamp;
 use crate::domain::window::Window;
 use crate::http::route::Route;
-use crate::http::{ApiError, Http, Response, Target, shortened, unreadable};
+use crate::http::{ApiError, Http, Resource, Response, Target, shortened, unreadable};
 
 /// In bytes. No server accepts a longer query.
 const MAX_QUERY: usize = 16 << 10;
@@ -44,7 +43,7 @@ pub struct Page {
 /// The response of `/conversations/{id}`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Details {
-    /// `None` if its START is not among the events.
+    /// `None` if its START is not among the events, or has no valid time.
     pub started_at: Option<Timestamp>,
     /// BigChat reports the first advisor, while most vendors report the current one; `None`: no advisor has taken the
     /// conversation.
@@ -81,7 +80,7 @@ impl BigChat {
     /// Requests a page of events. `query` comes from [`window_query`] or from the previous page.
     pub async fn events(&self, query: &str) -> Result<Page> {
         let target = self.http.target(Route::Events, "", Some(query));
-        self.get(target, |response| {
+        self.get(&target, |response| {
             if response.status == StatusCode::NO_CONTENT {
                 response.body = b"{}".to_vec();
             }
@@ -101,55 +100,57 @@ impl BigChat {
         .await
     }
 
+    /// A record that is no object or has no list of events counts as not found. An unusable advisor counts as none, and
+    /// an unusable START as missing.
     pub async fn conversation(&self, id: i64) -> Result<Details> {
-        self.get(
-            self.http.target(Route::Conversation, &id.to_string(), None),
-            |response| {
-                let body = text(response)?;
-                let [events, advisor] = fields(body, ["events", "advisor_id"])?;
-                let advisor: Option<Integer> = read("advisor_id", advisor)?;
-                let events = events.ok_or("unexpected JSON: missing field `events`")?;
-                let started_at = match Start::among(events).map_err(text_of)? {
-                    Start::At(at) => Timestamp::from_unix(at),
-                    Start::InvalidTime => return Err("the START has no valid time".to_owned()),
-                    Start::Missing => None,
-                };
-                Ok(Details {
-                    started_at,
-                    advisor: advisor.map(|Integer(id)| AdvisorId(id)),
-                })
-            },
-        )
+        let target = self.http.target(Route::Conversation, &id.to_string(), None);
+        self.record(target, Resource::Conversation, |body| {
+            let Some([events, advisor]) = fields(body, ["events", "advisor_id"])? else {
+                return Ok(None);
+            };
+            let started_at = events.and_then(|events| first_start(events).ok());
+            Ok(started_at.map(|started_at| Details {
+                started_at,
+                advisor: read(advisor).map(|Integer(id)| AdvisorId(id)),
+            }))
+        })
         .await
     }
 
-    /// `None`: the record has no name or address.
-    pub async fn advisor(&self, id: i64) -> Result<Option<Advisor>> {
-        self.get(
-            self.http.target(Route::Advisor, &id.to_string(), None),
-            |response| {
-                let [name, email] = fields(text(response)?, ["name", "email_address"])?;
-                let record = read("name", name)
-                    .ok()
-                    .zip(read("email_address", email).ok());
-                Ok(record.map(|(name, email_address)| Advisor {
-                    name,
-                    email_address,
-                }))
-            },
-        )
+    /// A record without a usable name and address counts as not found.
+    pub async fn advisor(&self, id: i64) -> Result<Advisor> {
+        let target = self.http.target(Route::Advisor, &id.to_string(), None);
+        self.record(target, Resource::Advisor, |body| {
+            let [name, email] = fields(body, ["name", "email_address"])?.unwrap_or_default();
+            let record = Option::zip(read(name), read(email));
+            Ok(record.map(|(name, email_address)| Advisor {
+                name,
+                email_address,
+            }))
+        })
         .await
+    }
+
+    /// Requests a record. `parse` returns `None` if it is unusable.
+    async fn record<T>(
+        &self,
+        target: Target,
+        resource: Resource,
+        parse: impl FnOnce(&str) -> std::result::Result<Option<T>, String>,
+    ) -> Result<T> {
+        let record = self.get(&target, |response| parse(text(response)?)).await?;
+        record.ok_or_else(|| self.http.unusable(&target, resource))
     }
 
     async fn get<T>(
         &self,
-        target: Target,
+        target: &Target,
         parse: impl FnOnce(&mut Response) -> std::result::Result<T, String>,
     ) -> Result<T> {
-        let sent = self.http.send(&target, None::<&()>).await;
+        let sent = self.http.send(target, None::<&()>).await;
         self.clock
             .observe(sent.as_ref().ok().and_then(|response| response.date));
-        self.http.conclude(&target, None::<&()>, sent, parse)
+        self.http.conclude(target, None::<&()>, sent, parse)
     }
 }
 
@@ -182,52 +183,37 @@ fn text_of(error: impl fmt::Display) -> String {
     error.to_string()
 }
 
+/// Fields of a record; `None`: the body is JSON, but no usable object.
 fn fields<'a, const N: usize>(
     body: &'a str,
     names: [&'static str; N],
-) -> std::result::Result<[Option<&'a str>; N], String> {
-    json::fields(body, names).map_err(|error| {
-        let json = serde_json::from_str::<HashMap<String, IgnoredAny>>(body);
-        json.err().map_or_else(
-            || text_of(error),
-            |error| unreadable(body.as_bytes(), &error),
-        )
-    })
-}
-
-fn read<T: DeserializeOwned>(name: &str, value: Option<&str>) -> std::result::Result<T, String> {
-    let value = value.ok_or_else(|| format!("unexpected JSON: missing field `{name}`"))?;
-    serde_json::from_str(value).map_err(|error| unreadable(value.as_bytes(), &error))
-}
-
-/// The first START in a list. Malformed events are reported when they are polled, not here.
-enum Start {
-    At(i64),
-    InvalidTime,
-    Missing,
-}
-
-impl Start {
-    fn among(events: &str) -> std::result::Result<Self, Malformed> {
-        let mut start = Self::Missing;
-        json::items(events, |raw| {
-            if matches!(start, Self::Missing) {
-                start = Self::of(raw);
-            }
-        })?;
-        Ok(start)
+) -> std::result::Result<Option<[Option<&'a str>; N]>, String> {
+    if let Ok(fields) = json::fields(body, names) {
+        return Ok(Some(fields));
     }
+    match serde_json::from_str(body) {
+        Ok(IgnoredAny) => Ok(None),
+        Err(error) => Err(unreadable(body.as_bytes(), &error)),
+    }
+}
 
-    fn of(raw: &str) -> Self {
-        match json::fields(raw, ["event_name", "event_at"]) {
-            Ok([name, at])
-                if read::<String>("", name).as_deref() == Ok(EventKind::Start.name()) =>
-            {
-                read("", at).map_or(Self::InvalidTime, |Integer(at)| Self::At(at))
-            }
-            _ => Self::Missing,
+fn read<T: DeserializeOwned>(value: Option<&str>) -> Option<T> {
+    serde_json::from_str(value?).ok()
+}
+
+/// The time of the first START in a list, if there is one with a valid time. Malformed events are reported when they
+/// are polled, not here.
+fn first_start(events: &str) -> std::result::Result<Option<Timestamp>, Malformed> {
+    let mut first = None;
+    json::items(events, |raw| {
+        if first.is_none()
+            && let Ok([name, at]) = json::fields(raw, ["event_name", "event_at"])
+            && read::<String>(name).as_deref() == Some(EventKind::Start.name())
+        {
+            first = Some(read(at).and_then(|Integer(at)| Timestamp::from_unix(at)));
         }
-    }
+    })?;
+    Ok(first.flatten())
 }
 
 /// The query of the next page, from `nextPageUrl` as JSON. Without a usable query, the page is the last one.

@@ -11,7 +11,7 @@ use crate::http::{ApiError, ErrorKind};
 use crate::journal::{Denial, KnownAdvisor};
 
 /// Reads a conversation's details into it: its start time and first advisor. If BigChat does not know the conversation,
-/// only its events count.
+/// or has no usable record, only its events count.
 pub async fn read(source: &Source, conversation: &mut Conversation) -> Result<(), SourceError> {
     if source.epoch() != conversation.epoch {
         conversation.details = Details::Gone;
@@ -23,7 +23,7 @@ pub async fn read(source: &Source, conversation: &mut Conversation) -> Result<()
             denied(source, conversation.epoch, Denial::Conversation, id, error).await?;
             tracing::warn!(
                 conversation = id,
-                "BigChat does not know the conversation; its chat has no agent until a TRANSFER names one"
+                "BigChat does not know the conversation, or has no usable record; its chat has no agent until a TRANSFER names one"
             );
             conversation.details = Details::Gone;
         }

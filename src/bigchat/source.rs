@@ -9,7 +9,7 @@ use super::clock::BigChatClock;
 use super::{Advisor, BigChat, Details, Epochs, Page};
 use crate::domain::ids::{AdvisorId, Epoch};
 use crate::domain::time::Millis;
-use crate::http::{Api, ApiError, Circuit, ErrorKind, Http, Resource};
+use crate::http::{Api, ApiError, Circuit, ErrorKind, Http};
 use crate::journal::{Journal, JournalError};
 
 #[derive(Debug, Error)]
@@ -71,24 +71,16 @@ impl Source {
             .inspect(|_| self.epochs.answered(true))
     }
 
-    /// Requests an advisor, once. An advisor without a usable record counts as not found.
+    /// Requests an advisor, once.
     pub(super) async fn advisor(&self, id: AdvisorId) -> Result<Advisor, ApiError> {
-        let advisor = self.client.advisor(id.0).await?;
-        self.epochs.answered(true);
-        advisor.ok_or_else(|| {
-            let kind = ErrorKind::NotFound(Resource::Advisor);
-            ApiError::not_sent(
-                Api::BigChat,
-                kind,
-                "the record has no usable name or address",
-            )
-        })
+        let advisor = self.client.advisor(id.0).await;
+        advisor.inspect(|_| self.epochs.answered(true))
     }
 
     /// Whether BigChat does not know a conversation or an advisor. A not-found response is believed only while BigChat
-    /// answers.
+    /// answers, and an unusable record, which has no status, proves nothing.
     pub(super) fn is_gone(&self, error: &ApiError) -> bool {
-        error.is_not_found() && self.epochs.answers()
+        error.is_not_found() && error.exchange.status.is_some() && self.epochs.answers()
     }
 
     /// Makes a request, at most `attempts` times in a row while it fails transiently.

@@ -313,6 +313,17 @@ impl Http {
         Err(error)
     }
 
+    /// A success whose record is unusable. It counts as not found, for this one resource.
+    pub fn unusable(&self, target: &Target, resource: Resource) -> ApiError {
+        let reason = "the record is unusable";
+        let exchange = Exchange::new(target, None::<&()>, Err(reason), None);
+        ApiError {
+            api: self.api,
+            kind: ErrorKind::NotFound(resource),
+            exchange: Box::new(exchange),
+        }
+    }
+
     /// Reclassifies an error in the light of later responses, and records the API's health again.
     pub fn reclassify(&self, error: ApiError, route: Route, kind: ErrorKind) -> ApiError {
         let error = error.with_kind(kind);

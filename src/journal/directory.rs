@@ -21,7 +21,7 @@ pub(super) const BELIEVED_DENIALS: u32 = 3;
 named! {
     /// What an API denies, because it does not know or accept it.
     Denial {
-        /// BigChat does not know the conversation.
+        /// BigChat does not know the conversation, or has no usable record.
         Conversation = "conversation",
         /// BigChat does not know the advisor, or has no usable record.
         Advisor = "advisor",

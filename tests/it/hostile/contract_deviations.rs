@@ -1,5 +1,6 @@
 //! Services that deviate from the contract: in their spelling of agents, their errors and their events.
 
+use crate::harness::process::Process;
 use crate::harness::services::{time, unix};
 use crate::harness::{Bench, run_test, side_by_side, until};
 use bigchat_sync::http::Api;
@@ -89,6 +90,63 @@ async fn conversation_without_an_advisor() {
         t.delivers([transfer(42, 5, 8)]).await;
         assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1"]);
     })
+    .await;
+}
+
+/// Unusable records cost the agent, or nothing, but no event, and an unusable record of conversation 1 is no outage.
+#[tokio::test]
+async fn unusable_records() {
+    let (advisor, conversation) = ("GET /advisors/7", "GET /conversations/42");
+    let details = |advisor: &str, at: &str| {
+        let start = format!(r#"{{"conversation_id":42,"event_name":"START","event_at":{at}}}"#);
+        format!(r#"{{"conversation_id":42,"advisor_id":{advisor},"events":[{start}]}}"#)
+    };
+    let unknown_advisor = details(r#""x""#, &unix(0).to_string());
+    let unknown_start = details("7", "null");
+    side_by_side(
+        [
+            (advisor, "null", false),
+            (advisor, "[]", false),
+            (advisor, r#""unknown""#, false),
+            (conversation, "null", false),
+            (conversation, "[]", false),
+            (conversation, "{}", false),
+            (conversation, &unknown_advisor, false),
+            (conversation, &unknown_start, true),
+        ],
+        async |(route, body, has_agent)| {
+            run_test(async |t| {
+                t.differs("the record is unusable");
+                t.set("--max-attempts", "2");
+                let unusable = || status(200).body(body).always();
+                t.bigchat.upset(route, unusable());
+                if body == "null" {
+                    t.bigchat.upset("GET /conversations/1", unusable());
+                }
+                let daemon = Process::start(t);
+                t.bigchat.reports([start(42, 0), message(42, 5, "hello")]);
+                // While another conversation succeeds, attempts count.
+                let mut at = 10;
+                until("the events are delivered", async || {
+                    at += 1;
+                    t.bigchat
+                        .reports([transfer(43, at, 8), message(43, at, "other")]);
+                    t.bigchat.further_polls(2).await;
+                    assert_eq!(t.events("failed"), 0, "{route} {body}");
+                    t.our_api.messages().iter().any(|text| text == "hello")
+                })
+                .await;
+                let chats = t.our_api.chats();
+                let chat = chats.iter().find(|chat| chat.starts_with("42 22:00:00 - "));
+                let chat = chat.expect("a chat");
+                assert_eq!(!chat.ends_with(" -"), has_agent, "{route} {body}");
+                assert_eq!(t.restarts(), 0, "{route} {body}");
+                assert_eq!(daemon.lines_with("new events wait"), 0, "{route} {body}");
+                assert!(daemon.stop().await.success(), "{route} {body}");
+            })
+            .await;
+        },
+    )
     .await;
 }
 

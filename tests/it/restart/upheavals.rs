@@ -5,7 +5,9 @@ use crate::harness::services::{BigChat, NOW, seeded};
 use crate::harness::{Test, run_live_test, run_test, run_with, side_by_side, until};
 use bigchat_sync::simulator::bigchat::{NextPage, Options, Page, raw};
 use bigchat_sync::simulator::event::{message, start, transfer};
-use bigchat_sync::simulator::fault::{crashed, cut_off, dropped, html, paused, slow, status};
+use bigchat_sync::simulator::fault::{
+    Fault, crashed, cut_off, dropped, html, paused, slow, status,
+};
 use std::time::Duration;
 
 /// Repeated restarts of BigChat do not mix up epochs.
@@ -513,6 +515,11 @@ async fn stray_404s_before_a_restart() {
 
 /// BigChat serves a page, restarts, and delivery notices the restart before the page arrives.
 async fn page_arrives_after_a_restart(t: &Test, page: impl Into<Page>) {
+    restart_during_a_poll(t, paused().carried_out(), page).await;
+}
+
+/// BigChat restarts during a poll, and delivery notices the restart before the poll ends.
+async fn restart_during_a_poll(t: &Test, poll: Fault, page: impl Into<Page>) {
     let command = |name| {
         let output = t.program(name).output().expect("a process");
         assert!(output.status.success(), "{output:?}");
@@ -524,7 +531,7 @@ async fn page_arrives_after_a_restart(t: &Test, page: impl Into<Page>) {
     t.until_events("waiting", 1).await;
     let faults = &t.bigchat;
     faults.hold(true);
-    faults.upset("GET /events", paused().carried_out());
+    faults.upset("GET /events", poll);
     faults.date("Sun, 22 Nov 2026 22:10:00 GMT");
     t.bigchat.reports(page);
     faults.hold(false);
@@ -557,6 +564,24 @@ async fn late_start_of_the_previous_epoch() {
         t.bigchat.resume();
         t.until_events("delivered", 2).await;
         assert_eq!(t.restarts(), 1);
+    })
+    .await;
+}
+
+/// An unusable record of a conversation does not show that BigChat no longer knows it.
+#[tokio::test]
+async fn unusable_record_after_a_restart() {
+    run_test(async |t| {
+        t.differs("the record is unusable");
+        restart_during_a_poll(t, paused(), [message(43, 696, "of after")]).await;
+        t.bigchat.date("Sun, 22 Nov 2026 22:11:40 GMT");
+        t.bigchat
+            .upset("GET /conversations/43", status(200).body("null").always());
+        t.bigchat.resume();
+        t.until_events("delivered", 2).await;
+        // No command shows it before the next event.
+        let epoch: i64 = t.value("SELECT epoch FROM conversations WHERE bigchat_id = 43");
+        assert_eq!(epoch, 2);
     })
     .await;
 }
