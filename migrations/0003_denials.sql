@@ -1,7 +1,8 @@
 -- A "no" of an API is believed once it was repeated.
 
 -- How often BigChat has answered that it does not know a conversation or an advisor, and OurAPI that it does not accept
--- an advisor's agent. Another answer deletes the row.
+-- an advisor's agent. A usable answer deletes the row of an advisor or an agent. The rows of conversations and advisors
+-- last until BigChat restarts.
 CREATE TABLE denials (
     epoch      INTEGER NOT NULL REFERENCES epochs (id),
     what       TEXT NOT NULL,                    -- 'conversation', 'advisor' or 'agent'

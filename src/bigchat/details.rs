@@ -103,7 +103,7 @@ pub async fn advisor(
     if known == KnownAdvisor::Gone && source.epoch() == epoch {
         tracing::warn!(
             advisor = %id,
-            "BigChat does not know the advisor, or has no usable record; the advisor's chats have no agent until the next pass asks again"
+            "BigChat does not know the advisor, or has no usable record; the advisor's chats have no agent; see `bigchat-sync status`"
         );
     } else if known == KnownAdvisor::Gone {
         tracing::warn!(

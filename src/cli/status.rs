@@ -177,7 +177,8 @@ impl Text<'_> {
     }
 
     fn without_agent(&mut self) {
-        let without = &self.status.figures.without_agent;
+        let figures = &self.status.figures;
+        let without = &figures.without_agent;
         for WithoutAgent {
             denied,
             count,
@@ -191,7 +192,9 @@ impl Text<'_> {
             };
             let who = match denied {
                 Denial::Agent => "whose agent OurAPI does not accept",
-                _ => "whom BigChat does not know, or without a usable record",
+                Denial::Advisor | Denial::Conversation => {
+                    "whom BigChat does not know, or without a usable record"
+                }
             };
             let plural = if *count == 1 { "" } else { "s" };
             let ids = ids.join(", ");
@@ -201,9 +204,13 @@ impl Text<'_> {
             );
         }
         if !without.is_empty() {
+            let pass = match figures.verify_every_s {
+                Some(_) => " (with --rebuild auto, the next pass does it)",
+                None => "",
+            };
             self.line(
                 "",
-                "correct the cause; the next pass then sets the agents of their chats; to set them now, run `bigchat-sync verify --repair`",
+                format!("correct the cause, then run `bigchat-sync verify --repair` to set the agents of their chats{pass}"),
             );
         }
     }

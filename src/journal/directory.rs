@@ -149,6 +149,8 @@ impl Store {
             "INSERT INTO epochs (id, began_at) VALUES (?1, ?2)",
             params![epoch, began_at],
         )?;
+        // BigChat is not asked about earlier epochs again, but OurAPI is.
+        transaction.execute("DELETE FROM denials WHERE what <> ?1", [Denial::Agent])?;
         if let Some(FirstConversation {
             started_at,
             advisor,

@@ -486,6 +486,30 @@ async fn unknown_advisor_in_next_session() {
     .await;
 }
 
+/// `status` promises that a pass sets the agent only if there are passes.
+#[tokio::test]
+async fn advice_about_an_unknown_advisor() {
+    side_by_side(
+        [("24h", true), ("off", false)],
+        async |(every, has_pass)| {
+            run_test(async |t| {
+                t.differs("BigChat does not know the advisor");
+                t.set("--verify-every", every);
+                t.bigchat.upset("GET /advisors/7", status(404).always());
+                let daemon = t.start();
+                t.delivers([start(42, 0)]).await;
+                daemon.stop().await;
+                let output = t.program("status").output().expect("a process");
+                let text = String::from_utf8_lossy(&output.stdout);
+                assert!(text.contains("`bigchat-sync verify --repair`"), "{text}");
+                assert_eq!(text.contains("next pass"), has_pass, "{text}");
+            })
+            .await;
+        },
+    )
+    .await;
+}
+
 /// Stray 404s for the first conversation do not hide a restart.
 #[tokio::test]
 async fn stray_404s_before_a_restart() {
@@ -582,6 +606,31 @@ async fn unusable_record_after_a_restart() {
         // No command shows it before the next event.
         let epoch: i64 = t.value("SELECT epoch FROM conversations WHERE bigchat_id = 43");
         assert_eq!(epoch, 2);
+    })
+    .await;
+}
+
+/// After a restart, BigChat is not asked again about what it denied before.
+#[tokio::test]
+async fn denials_of_an_earlier_epoch() {
+    run_test(async |t| {
+        t.differs("BigChat does not know the advisors");
+        t.bigchat.upset("GET /advisors/7", status(404).always());
+        t.bigchat
+            .upset("GET /conversations/43", status(404).always());
+        let daemon = t.start();
+        t.delivers([start(42, 0), message(43, 2, "of before")])
+            .await;
+        // No command shows the denials of conversations.
+        let denials = || t.value::<i64>("SELECT count(*) FROM denials");
+        assert_eq!(denials(), 2);
+        t.bigchat.calm();
+        t.bigchat.clock(700);
+        t.bigchat.restarts(42, 695);
+        t.delivers([message(42, 696, "of after")]).await;
+        daemon.stop().await;
+        assert_eq!(t.restarts(), 1);
+        assert_eq!(denials(), 0);
     })
     .await;
 }
