@@ -34,7 +34,7 @@ pub async fn read(source: &Source, conversation: &mut Conversation) -> Result<()
                     epoch::begin(source, conversation.epoch, reported).await?;
                     false
                 }
-                // A later epoch has no conversation that started before this one was last verified.
+                // A later epoch has no conversation that started before this epoch was last verified.
                 (None, Some(reported)) if reported < source.epochs.verified_until() => {
                     source.epoch() == conversation.epoch
                 }

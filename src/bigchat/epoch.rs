@@ -26,7 +26,7 @@ const ATTEMPTS: u32 = 3;
 /// How many conversations of a page are requested to determine its epoch.
 const PAGE_CONVERSATIONS: usize = 5;
 
-/// How many not-found responses in a row are believed for a conversation of a page: a single one may come from an
+/// A not-found response for a conversation of a page is believed after this many in a row. A single one may come from an
 /// instance that lags behind the others at the same address.
 const NOT_FOUND_ATTEMPTS: u32 = 3;
 
@@ -124,13 +124,15 @@ pub async fn begin(
     Ok(())
 }
 
-/// The epoch of a page; `None` if BigChat does not answer. Without a restart since the page was requested, it is the
-/// current one. Otherwise, a message that an earlier epoch has and the current one does not have determines it. Without
-/// one, a few conversations of the page are requested, the highest id first. The first of these that BigChat knows and
-/// whose START is on the page determines the epoch: it is the current one if the start times are equal, and otherwise
-/// an earlier one. The page is also of an earlier epoch if BigChat knows one that started after the page was served,
-/// or, failing that, if BigChat no longer knows one of them. Otherwise, the time at which the page was served
-/// determines the epoch.
+/// The epoch of a page; `None` if BigChat does not answer. The first of these rules that applies determines it:
+///
+/// 1. BigChat has not restarted since the page was requested: the current epoch.
+/// 2. The journal has a message of the page in an earlier epoch, and not in the current one: that epoch.
+/// 3. A few conversations of the page are requested, the highest id first. BigChat knows one whose START is on the page:
+///    the current epoch if the start times are equal, else an earlier one. Or it knows another one, which started after
+///    the page was served: an earlier one.
+/// 4. BigChat no longer knows one of these conversations: an earlier epoch.
+/// 5. The epoch at the time when the page was served.
 pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch>, JournalError> {
     if page.epoch.is_some() {
         return Ok(page.epoch);

@@ -111,8 +111,9 @@ pub fn unreadable(body: &[u8], error: &serde_json::Error) -> String {
     match error.classify() {
         // The rest of the message quotes the body.
         Category::Data if !text.starts_with("missing field") => {
-            let expected = text.rfind("expected ").map_or("", |at| &text[at..]);
-            format!("unexpected JSON: {expected}")
+            let expected = text.rfind("expected ").map(|at| &text[at..]);
+            let reason = expected.unwrap_or("a field has an unexpected value");
+            format!("unexpected JSON: {reason}")
         }
         Category::Data => format!("unexpected JSON: {text}"),
         _ => format!("invalid JSON: {text}"),

@@ -314,9 +314,10 @@ impl Store {
         Ok(self.latest_epoch_of(event)?.is_some())
     }
 
-    /// The latest epoch of the first of these messages that the journal has in an earlier epoch, but not in the
-    /// `current` one. Epochs before `earliest` do not count. BigChat reports the events of the last seconds again, so
-    /// such a message shows the epoch of its page. Other events do not, because several epochs may have equal ones.
+    /// Finds the first of these messages that the journal has in an earlier epoch, but not in the `current` one. Returns
+    /// the latest epoch that has it, unless that is before `earliest`. A BigChat with a log reports the events of the
+    /// last seconds again, so such a message shows the epoch of its page. Other events do not, because several epochs
+    /// may have equal ones.
     pub fn earlier_epoch(
         &mut self,
         messages: &[Event],

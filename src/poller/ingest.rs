@@ -102,7 +102,7 @@ impl Poller {
             if ingested.unreadable > 0 {
                 tracing::warn!(
                     events = ingested.unreadable, %query,
-                    "some events cannot be parsed; see `bigchat-sync failed`"
+                    "some events cannot be parsed; see `bigchat-sync failed list`"
                 );
             }
             if ingested.new > 0 {

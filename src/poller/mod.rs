@@ -125,7 +125,8 @@ enum PollOutcome {
     UpToDate,
     /// The next poll follows at once.
     More,
-    /// The window is unfinished. The next poll continues from its last page, or reads it again.
+    /// The window is unfinished. The next poll continues after the last stored page, or reads the window again from its
+    /// beginning.
     Incomplete,
 }
 
@@ -459,7 +460,7 @@ impl Poller {
 
     /// The cursor, or the time of the last poll if that is earlier. The time of the last poll is BigChat's present time
     /// minus the time elapsed since that poll. It is earlier than the cursor if the clock of BigChat, or of a server
-    /// that answered for it, was ahead at that poll. It goes back by at most the longest window.
+    /// that answered for it, was ahead at that poll. The result is at most the longest window before the cursor.
     fn resumes_at(
         &self,
         cursor: Timestamp,
@@ -483,7 +484,7 @@ impl Poller {
         }
     }
 
-    /// The cursor after a window: its end, unless BigChat's clock was set back since the window was computed.
+    /// The cursor after a window: its end, unless BigChat's clock has been set back since the window was computed.
     async fn read_up_to(&self, end: Timestamp, now: Timestamp) -> Result<Timestamp, JournalError> {
         if !is_ahead(end, now) {
             return Ok(end.min(now));
