@@ -130,8 +130,8 @@ async fn is_same_epoch(source: &Source, epoch: Epoch) -> Result<bool, SourceErro
     }
 }
 
-/// Handles a failed request for a conversation or an advisor. Returns `Ok` only if the failure is a denial that is
-/// believed.
+/// Handles a failed request for a conversation or an advisor. Returns `Ok` only if a denial is believed: this
+/// failure, or an earlier one.
 async fn denied(
     source: &Source,
     epoch: Epoch,
@@ -139,16 +139,18 @@ async fn denied(
     id: i64,
     error: ApiError,
 ) -> Result<(), SourceError> {
-    let (is_denied, now) = (error.is_not_found(), Millis::now());
+    // While polls fail, a denial does not count.
+    let counts = error.is_not_found() && source.epochs.answers() != Some(false);
+    let now = Millis::now();
     let is_believed = source
         .journal
-        .with(move |store| match is_denied {
+        .with(move |store| match counts {
             true => store.is_denied(epoch, what, id, now),
-            // One that is denied already stays so until the next pass.
+            // After another failure, a denial that is already believed still counts, until the next pass.
             false => store.is_believed(epoch, what, id),
         })
         .await?;
-    match (is_believed, is_denied) {
+    match (is_believed, error.is_not_found()) {
         (true, _) => Ok(()),
         (false, true) => Err(error.with_kind(ErrorKind::Denied).into()),
         (false, false) => Err(error.into()),

@@ -1,10 +1,11 @@
 //! The state of BigChat's current epoch, in memory.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 
 use crate::domain::ids::Epoch;
 use crate::domain::time::Timestamp;
+use crate::mutex::lock;
 
 /// A missing conversation 1 is requested again at least once in this many probes: with a probe every 10 s, about every
 /// ten minutes.
@@ -14,7 +15,7 @@ const FIRST_CONVERSATION_AGAIN: u32 = 64;
 pub(super) struct Epochs {
     current: Arc<AtomicI64>,
     verified_until: AtomicI64,
-    answers: AtomicBool,
+    answered: Mutex<Option<bool>>,
     probes_without_first: AtomicU32,
 }
 
@@ -50,14 +51,14 @@ impl Epochs {
         self.verified_until.store(at.unix(), Ordering::Relaxed);
     }
 
-    /// Whether the latest request for events succeeded, or a request for details since then. Only then is a not-found
-    /// response for other details believed.
-    pub(super) fn answers(&self) -> bool {
-        self.answers.load(Ordering::Relaxed)
+    /// Whether the latest request for events succeeded, or a request for details since then; `None`: there was none.
+    /// While requests for events fail, a not-found response for details proves nothing.
+    pub(super) fn answers(&self) -> Option<bool> {
+        *lock(&self.answered)
     }
 
     pub(super) fn answered(&self, succeeded: bool) {
-        self.answers.store(succeeded, Ordering::Relaxed);
+        *lock(&self.answered) = Some(succeeded);
     }
 
     /// Whether to request BigChat's conversation 1. If BigChat does not know it, BigChat may have just started, or may

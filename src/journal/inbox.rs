@@ -670,8 +670,8 @@ fn insert_unreadable(
 }
 
 /// Parses an unparsable dead letter again, for example after an upgrade of the program. If that succeeds, the event
-/// replaces the dead letter, in the conversation of its epoch and as often as it was received. Otherwise, the reason is
-/// updated. Returns whether parsing succeeded.
+/// replaces the dead letter, in the dead letter's epoch: a message as often as it was received, any other event once.
+/// Otherwise, the reason is updated. Returns whether parsing succeeded.
 pub(super) fn ingest_dead_letter(
     transaction: &Transaction<'_>,
     id: EventId,

@@ -21,8 +21,8 @@ pub(super) struct Wait {
 }
 
 impl Wait {
-    /// Records that BigChat did not answer in this poll. After `--retry-max`, it counts as not restarted. If it has
-    /// restarted nevertheless, the events of two epochs are mixed, while waiting costs only time.
+    /// Records that BigChat did not answer in this poll. New events wait for `--retry-max`, because waiting costs only
+    /// time. After that, they are ingested without an answer, at the risk that the events of two epochs are mixed.
     ///
     /// # Errors
     ///

@@ -75,7 +75,7 @@ pub struct Signals {
     pub liveness: Arc<Liveness>,
     /// Notified of events to be delivered.
     pub work_available: Arc<Notify>,
-    /// Cancelled after the first poll that read BigChat up to now, or failed.
+    /// Cancelled after the first poll that read BigChat up to now, left its window unfinished, or failed.
     pub caught_up: CancellationToken,
     /// Cancelled at shutdown: no further request is begun.
     pub stopping: CancellationToken,
@@ -206,9 +206,9 @@ impl Poller {
         self.store_unstored().await.ok();
     }
 
-    /// Polls until BigChat is read up to now or a poll fails. A failed poll is repeated in three cases: the disk
-    /// refuses a page, which would otherwise be lost; BigChat does not answer the probe; or the next window is shorter.
-    /// Returns whether BigChat was read up to now.
+    /// Polls until BigChat is read up to now, or a poll fails or leaves its window unfinished. A failed poll is repeated
+    /// in three cases: the disk refuses a page, which would otherwise be lost; BigChat does not answer the probe; or the
+    /// next window is shorter. Returns whether BigChat was read up to now.
     pub async fn catch_up(&mut self) -> bool {
         let mut up_to_date = false;
         while !self.signals.stopping.is_cancelled() {
@@ -460,7 +460,8 @@ impl Poller {
 
     /// The cursor, or the time of the last poll if that is earlier. The time of the last poll is BigChat's present time
     /// minus the time elapsed since that poll. It is earlier than the cursor if the clock of BigChat, or of a server
-    /// that answered for it, was ahead at that poll. The result is at most the longest window before the cursor.
+    /// that answered for it, was ahead at that poll. The result is never earlier than one
+    /// `--max-window` before the cursor or BigChat's present time, whichever of these is earlier.
     fn resumes_at(
         &self,
         cursor: Timestamp,

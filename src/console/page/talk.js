@@ -184,5 +184,5 @@ const SENT = {
   "chat created": "chat created",
   "chat changed": "chat changed",
   "message added": "message added",
-  nothing: "nothing to send: OurAPI already had it, or a later event overrides it",
+  nothing: "nothing sent (OurAPI already had it, or a later event overrides it)",
 };

@@ -326,8 +326,8 @@ impl Reconciliation {
         }
     }
 
-    /// Handles a not-found response for an agent. If the loss is confirmed, the chat has no agent until it is created
-    /// again.
+    /// Handles a not-found response for an agent. If the loss is confirmed, the chat has no agent until the agent is
+    /// created again.
     async fn agent_missing(&mut self, agent: Option<Uuid>, error: ApiError) -> AttemptError {
         let error = self.worker.agents.missing(agent, error).await;
         if matches!(error, AttemptError::DataLost(_)) {
