@@ -128,9 +128,9 @@ pub async fn begin(
 ///
 /// 1. BigChat has not restarted since the page was requested: the current epoch.
 /// 2. The journal has a message of the page in an earlier epoch, and not in the current one: that epoch.
-/// 3. A few conversations of the page are requested, the highest id first. BigChat knows one whose START is on the page:
-///    the current epoch if the start times are equal, else an earlier one. Or it knows another one, which started after
-///    the page was served: an earlier one.
+/// 3. A few conversations of the page are requested, the highest id first. BigChat knows a conversation whose START is
+///    on the page: the current epoch if the start times are equal, else an earlier epoch. Or BigChat knows a
+///    conversation whose START is not on the page, and which started after the page was served: an earlier epoch.
 /// 4. BigChat no longer knows one of these conversations: an earlier epoch.
 /// 5. The epoch at the time when the page was served.
 pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch>, JournalError> {

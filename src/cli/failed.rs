@@ -49,7 +49,7 @@ pub enum Command {
     Discard {
         #[command(flatten)]
         which: Which,
-        /// Do not ask for confirmation. Required without a terminal.
+        /// Do not ask for confirmation. Required with --reason or --all if there is no terminal.
         #[arg(long)]
         yes: bool,
     },

@@ -275,7 +275,7 @@ mod tests {
             let result = account(existing.iter().map(|(second, text)| key_of(*second, *text)), &journal);
             let credits: u32 = result.credits.values().sum();
             let delivered = messages.iter().filter(|(.., state)| *state == MessageState::Delivered).count();
-            // A copy is a credit, or a delivered message or a dead letter accounts for it.
+            // Each copy is either a credit, or accounted for by a delivered message or a dead letter.
             prop_assert!(credits as usize + (delivered - result.missing.len()) <= count);
             // A message is missing only if OurAPI has fewer exact copies of it than were delivered.
             for message in journal.iter().filter(|message| result.missing.contains(&message.id)) {

@@ -314,10 +314,9 @@ impl Store {
         Ok(self.latest_epoch_of(event)?.is_some())
     }
 
-    /// Finds the first of these messages that the journal has in an earlier epoch, but not in the `current` one. Returns
-    /// the latest epoch that has it, unless that is before `earliest`. A BigChat with a log reports the events of the
-    /// last seconds again, so such a message shows the epoch of its page. Other events do not, because several epochs
-    /// may have equal ones.
+    /// The latest epoch that has one of these messages: of the first message for which that epoch is `earliest` or
+    /// later, but before `current`. A BigChat with a log reports the events of the last seconds again, so such a message
+    /// shows the epoch of its page. Other events do not, because several epochs may have equal ones.
     pub fn earlier_epoch(
         &mut self,
         messages: &[Event],
