@@ -171,7 +171,7 @@ CREATE INDEX deliveries_by_time ON deliveries (delivered_at);
 CREATE TABLE attempts (
     event           INTEGER PRIMARY KEY REFERENCES events (id) ON DELETE CASCADE,
     conversation    INTEGER,
-    attempts        INTEGER NOT NULL,            -- all failures, for the back-off
+    attempts        INTEGER NOT NULL,            -- all failures but denials, for the back-off
     counted         INTEGER NOT NULL,            -- failures while other conversations were delivered
     next_at         INTEGER,                     -- NULL: no attempt is scheduled
     writes_then     INTEGER,                     -- control.writes_succeeded at the last failure

@@ -201,7 +201,7 @@ fn attempts_after(
 
 /// The wait after failure number `attempts`. A write of unknown outcome gets time to arrive before it is read back.
 fn back_off(error: &AttemptError, attempts: u32, policy: &Policy, at: &Circumstances) -> Duration {
-    let at_least = match (error.outcome_unknown(), error.is_timeout()) {
+    let at_least = match (error.leaves_stale(), error.is_timeout()) {
         (false, _) if error.is_denial() => at.poll_interval,
         (false, _) => Duration::ZERO,
         (true, false) => policy.initial / 2,

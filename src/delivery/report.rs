@@ -267,8 +267,8 @@ impl Reporter {
             _ => {
                 // Only the first failure is news, and the first that counts as the event's own. An outage is logged
                 // separately.
-                let is_news =
-                    attempts.failed == 1 || event.attempts.counted == 0 && attempts.counted == 1;
+                let is_first = event.attempts == Attempts::default();
+                let is_news = is_first || event.attempts.counted == 0 && attempts.counted == 1;
                 log!(
                     is_news && !self.is_logged_otherwise(error),
                     "delivery failed; it will be retried"

@@ -54,6 +54,6 @@ impl Worker {
     /// Whether a waiting message may have been delivered.
     pub(super) fn is_outcome_unknown(&self, claim: &Claim, event: &Pending) -> bool {
         event.payload.kind().is_message()
-            && (event.attempts.outcome_unknown || self.may_be_delivered(claim, event))
+            && (claim.may_be_carried_out(event) || self.may_be_delivered(claim, event))
     }
 }

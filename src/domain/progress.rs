@@ -60,6 +60,14 @@ pub struct Claim {
     pub drift: FieldSet,
 }
 
+impl Claim {
+    /// Whether an attempt at the event may have been carried out: its outcome is unknown, or it was refused, perhaps by
+    /// a proxy after OurAPI had carried it out, which made the chat stale.
+    pub fn may_be_carried_out(&self, event: &Pending) -> bool {
+        event.attempts.outcome_unknown || self.became_stale && event.attempts.failed > 0
+    }
+}
+
 /// A verification of a chat.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Verify {

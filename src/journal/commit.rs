@@ -401,7 +401,7 @@ fn record_attempt(
     }
     transaction
         .prepare_cached(
-            "INSERT OR REPLACE INTO failures (event, attempt, failed_at, reason, request, response)
+            "INSERT OR IGNORE INTO failures (event, attempt, failed_at, reason, request, response)
              VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
         )?
         .execute(params![

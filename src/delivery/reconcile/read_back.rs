@@ -71,7 +71,7 @@ impl Reconciliation {
     /// written together, so if one has an unknown outcome, the fields that the others change count, too.
     fn unknown_fields(&self) -> FieldSet {
         let is_unknown = |event: &&Pending| {
-            event.attempts.outcome_unknown
+            self.claim.may_be_carried_out(event)
                 || self.must_be_read() && self.worker.may_be_delivered(&self.claim, event)
         };
         let changes = || {
@@ -83,7 +83,7 @@ impl Reconciliation {
         if !is_any_unknown {
             return self.unknown_if_stale();
         }
-        let changed = match changes().any(|event| event.attempts.outcome_unknown) {
+        let changed = match changes().any(|event| self.claim.may_be_carried_out(event)) {
             true => FieldSet::changed_by(changes()),
             false => FieldSet::changed_by(changes().filter(is_unknown)),
         };

@@ -264,6 +264,29 @@ async fn refused_message_beside_another_clients() {
     .await;
 }
 
+/// A refused message does not overwrite what another client has changed meanwhile.
+#[tokio::test]
+async fn refused_message_and_a_changed_agent() {
+    side_by_side([401, 422], async |refusal| {
+        run_test(async |t| {
+            t.differs("another client changes the agent");
+            let daemon = with_a_chat(t).await;
+            t.our_api.is_changed("42", &json!({"agent_id": null})).await;
+            t.our_api.upset(POST, status(refusal).body("{}"));
+            t.bigchat.reports([message(42, 5, "Hello")]);
+            if refusal == 422 {
+                t.until_events("failed", 1).await;
+                t.failed_command(&["retry", "--all"]).expect("it is there");
+            }
+            t.until_events("delivered", 2).await;
+            daemon.stop().await;
+            assert_eq!(t.our_api.chats(), ["42 22:00:00 - -"], "{refusal}");
+        })
+        .await;
+    })
+    .await;
+}
+
 /// A denied advisor is asked about again after a poll interval, however long that is.
 #[tokio::test]
 async fn denial_with_a_long_poll_interval() {
