@@ -60,8 +60,8 @@ pub struct Accounting {
     /// waiting message that matches one need not be sent.
     pub credits: HashMap<MessageKey, u32>,
     /// The messages of unknown outcome for which there is a credit. Their outcome stays unknown until the credit is
-    /// used. If the chat is read again before that, they must match again. Of the waiting messages, only those of unknown
-    /// outcome can match a message that OurAPI altered.
+    /// used, so that they can match again if the chat is read again before that: of the waiting messages, only those of
+    /// unknown outcome can match a message that OurAPI altered.
     pub credited: Vec<EventId>,
 }
 

@@ -314,9 +314,9 @@ impl Store {
         Ok(self.latest_epoch_of(event)?.is_some())
     }
 
-    /// The latest epoch that has one of these messages: of the first message for which that epoch is `earliest` or
-    /// later, but before `current`. A BigChat with a log reports the events of the last seconds again, so such a message
-    /// shows the epoch of its page. Other events do not, because several epochs may have equal ones.
+    /// For each of these messages in turn, looks up the latest epoch that has it. Returns the first of these epochs that
+    /// is `earliest` or later, but before `current`. A BigChat with a log reports the events of the last seconds again,
+    /// so such a message shows the epoch of its page. Other events do not, because several epochs may have equal ones.
     pub fn earlier_epoch(
         &mut self,
         messages: &[Event],

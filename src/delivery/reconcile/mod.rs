@@ -59,7 +59,7 @@ impl Reconciliation {
 /// Why the work ended early.
 #[derive(Debug)]
 pub(super) struct Stopped {
-    /// The event that failed; `None`: the chat itself.
+    /// The event that failed, or the one that was not sent because a change of the chat failed; `None`: no event.
     pub(super) at: Option<EventId>,
     pub(super) error: AttemptError,
     pub(super) step: Step,
