@@ -364,7 +364,9 @@ impl Store {
         now: Millis,
     ) -> Result<Ingested> {
         let transaction = self.begin()?;
-        let before = last_event(&transaction)?;
+        let before = may_be_dropped
+            .then(|| last_event(&transaction))
+            .transpose()?;
         let mut ingested = Ingested::default();
         let (mut unreadable, mut outcome) = (0, Ok(()));
         let (mut counts, mut newest) = (Counts::default(), None);
@@ -417,7 +419,7 @@ impl Store {
         transaction
             .prepare_cached("UPDATE inbox SET ingested = 1 WHERE id = ?1")?
             .execute([page.id])?;
-        if may_be_dropped {
+        if let Some(before) = before {
             transaction.execute(
                 "UPDATE conversations SET read_in_session = 0 WHERE id IN (SELECT conversation FROM events WHERE id > ?1)",
                 [before],
