@@ -1,5 +1,6 @@
 //! `bigchat-sync status`: prints the [`Status`].
 
+use super::table::counted;
 use super::{CommandError, json};
 use crate::domain::time::Millis;
 use crate::http::{ApiState, ApiStatus};
@@ -196,12 +197,8 @@ impl Text<'_> {
                     "whom BigChat does not know, or without a usable record"
                 }
             };
-            let plural = if *count == 1 { "" } else { "s" };
-            let ids = ids.join(", ");
-            self.line(
-                "no agent",
-                format!("{count} advisor{plural} {who}: {ids}{more}"),
-            );
+            let (advisors, ids) = (counted(*count, "advisor"), ids.join(", "));
+            self.line("no agent", format!("{advisors} {who}: {ids}{more}"));
         }
         if !without.is_empty() {
             let pass = match figures.verify_every_s {

@@ -140,10 +140,7 @@ impl Agents {
                     Err(AttemptError::Read(error))
                         if matches!(error.kind, ErrorKind::Ambiguous | ErrorKind::Rejected) =>
                     {
-                        if !self.is_refused(person).await? {
-                            return Err(error.with_kind(ErrorKind::Denied).into());
-                        }
-                        let failure = error.logged();
+                        let failure = self.refused(person, error).await?.logged();
                         tracing::warn!(
                             %advisor, reason = failure.reason, request = failure.request, response = failure.response,
                             "OurAPI does not accept an agent; the advisor's chats have no agent until a verification pass asks again"
@@ -220,7 +217,7 @@ impl Agents {
             ..
         } = person;
         let our_api = &self.our_api;
-        let error = match our_api.create_agent(name, email).await {
+        let mut error = match our_api.create_agent(name, email).await {
             Ok(agent) => {
                 tracing::debug!(agent = %agent.agent_id, %advisor, "agent created");
                 return Ok(Creation::Created(agent));
@@ -250,9 +247,7 @@ impl Agents {
                 return Err(http.reclassify(error, Route::CreateAgent, kind).into());
             }
             // A single refusal proves nothing. If it is repeated, the reason may be a namesake that OurAPI does not list.
-            if !self.is_refused(person).await? {
-                return Err(error.with_kind(ErrorKind::Denied).into());
-            }
+            error = self.refused(person, error).await?;
         }
         // If exactly one agent has both the address and the name, it is the one to use. If no agent has the name, and
         // exactly one has the address, it is the one to use. Otherwise the name may be taken by a namesake, and another
@@ -270,12 +265,25 @@ impl Agents {
         }))
     }
 
-    /// Counts a refusal of the agent, and returns whether it is believed.
-    async fn is_refused(&self, person: Person<'_>) -> Result<bool, JournalError> {
+    /// Counts a refusal of the agent. Returns it if it is believed.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Denied`] if it is not believed yet.
+    async fn refused(
+        &self,
+        person: Person<'_>,
+        refusal: ApiError,
+    ) -> Result<ApiError, AttemptError> {
         let (epoch, AdvisorId(id), now) = (person.epoch, person.advisor, Millis::now());
-        self.journal
+        let is_believed = self
+            .journal
             .with(move |store| store.is_denied(epoch, Denial::Agent, id, now))
-            .await
+            .await?;
+        match is_believed {
+            true => Ok(refusal),
+            false => Err(refusal.with_kind(ErrorKind::Denied).into()),
+        }
     }
 
     /// Handles a not-found response for an agent. If OurAPI's list confirms the loss, the agent is created again when

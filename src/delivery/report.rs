@@ -52,10 +52,9 @@ impl Reporter {
             ..
         } = reconciliation;
         self.writes.record(conversation.id, writes);
-        let (mut leaves_stale, mut outcome_unknown) = (false, false);
-        if let Some(Stopped { error, .. }) = &stopped {
-            (leaves_stale, outcome_unknown) = (error.leaves_stale(), error.outcome_unknown());
-        }
+        let error = stopped.as_ref().map(|stopped| &stopped.error);
+        let leaves_stale = error.is_some_and(AttemptError::leaves_stale);
+        let outcome_unknown = error.is_some_and(AttemptError::outcome_unknown);
         let mut outcomes = Vec::with_capacity(done.len() + 1);
         for (id, result) in done {
             if let Some(event) = find(&events, id) {

@@ -240,6 +240,17 @@ async fn retry_of_a_rejected_message_that_was_added() {
     .await;
 }
 
+/// Lets OurAPI refuse a message once. After a rejection, the message is retried.
+async fn delivers_after(t: &Test, refusal: u16) {
+    t.our_api.upset(POST, status(refusal).body("{}"));
+    t.bigchat.reports([message(42, 5, "Hello")]);
+    if refusal == 422 {
+        t.until_events("failed", 1).await;
+        t.failed_command(&["retry", "--all"]).expect("it is there");
+    }
+    t.until_events("delivered", 2).await;
+}
+
 /// A message that a proxy refuses, or that is retried after a rejection, is not mistaken for another client's message of
 /// the same second.
 #[tokio::test]
@@ -249,13 +260,7 @@ async fn refused_message_beside_another_clients() {
             t.differs("another client adds a message");
             let daemon = with_a_chat(t).await;
             t.our_api.has_message("c1", 5, "of another client");
-            t.our_api.upset(POST, status(refusal).body("{}"));
-            t.bigchat.reports([message(42, 5, "Hello")]);
-            if refusal == 422 {
-                t.until_events("failed", 1).await;
-                t.failed_command(&["retry", "--all"]).expect("it is there");
-            }
-            t.until_events("delivered", 2).await;
+            delivers_after(t, refusal).await;
             daemon.stop().await;
             assert_eq!(t.our_api.sorted_messages(), ["Hello", "of another client"]);
         })
@@ -272,13 +277,7 @@ async fn refused_message_and_a_changed_agent() {
             t.differs("another client changes the agent");
             let daemon = with_a_chat(t).await;
             t.our_api.is_changed("42", &json!({"agent_id": null})).await;
-            t.our_api.upset(POST, status(refusal).body("{}"));
-            t.bigchat.reports([message(42, 5, "Hello")]);
-            if refusal == 422 {
-                t.until_events("failed", 1).await;
-                t.failed_command(&["retry", "--all"]).expect("it is there");
-            }
-            t.until_events("delivered", 2).await;
+            delivers_after(t, refusal).await;
             daemon.stop().await;
             assert_eq!(t.our_api.chats(), ["42 22:00:00 - -"], "{refusal}");
         })
