@@ -161,11 +161,19 @@ pub(super) fn outcome(
             failed: before.failed.saturating_add(1),
             ..before
         };
-        return Outcome::DeadLetter { attempts, failure };
+        return Outcome::DeadLetter {
+            attempts,
+            failure,
+            permanent: true,
+        };
     }
     let attempts = attempts_after(before, error, conversation, writes, at.bigchat_is_failing);
     if attempts.counted >= policy.max_attempts {
-        return Outcome::DeadLetter { attempts, failure };
+        return Outcome::DeadLetter {
+            attempts,
+            failure,
+            permanent: false,
+        };
     }
     let next_at = at.now.plus(back_off(error, attempts.failed, policy, at));
     let next_at = match error {

@@ -201,7 +201,14 @@ impl Reporter {
                 ..event.attempts
             };
             let failure = failure.clone();
-            EventOutcome::of(event, Outcome::DeadLetter { attempts, failure })
+            EventOutcome::of(
+                event,
+                Outcome::DeadLetter {
+                    attempts,
+                    failure,
+                    permanent: false,
+                },
+            )
         })
     }
 

@@ -226,6 +226,8 @@ pub enum Outcome {
     DeadLetter {
         attempts: Attempts,
         failure: Failure,
+        /// A retry is pointless unless OurAPI changes.
+        permanent: bool,
     },
 }
 
@@ -550,6 +552,7 @@ mod tests {
         Outcome::DeadLetter {
             attempts: Attempts::default(),
             failure: Failure::default(),
+            permanent: true,
         }
     }
 

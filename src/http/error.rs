@@ -299,13 +299,10 @@ impl ApiError {
             ErrorKind::Rejected if self.exchange.is_read => {
                 format!("{api} does not accept the query")
             }
-            ErrorKind::Rejected => REJECTED_WRITE.to_owned(),
+            ErrorKind::Rejected => "OurAPI permanently rejects it".to_owned(),
         }
     }
 }
-
-/// The summary of every rejected write.
-pub const REJECTED_WRITE: &str = "OurAPI permanently rejects it";
 
 #[cfg(test)]
 mod tests {

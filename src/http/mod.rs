@@ -23,7 +23,7 @@ use url::Url;
 
 pub use self::api::Api;
 pub use self::breaker::Circuit;
-pub use self::error::{ApiError, ErrorKind, REJECTED_WRITE, Resource};
+pub use self::error::{ApiError, ErrorKind, Resource};
 pub use self::exchange::{Cause, Exchange, json, shortened, unreadable};
 pub use self::health::{ApiState, ApiStatus};
 use self::health::{Health, Latest};

@@ -326,14 +326,18 @@ fn commit_outcome(
             next_at,
             failure,
         } => record(attempts, Some(*next_at), failure)?,
-        Outcome::DeadLetter { attempts, failure } => {
+        Outcome::DeadLetter {
+            attempts,
+            failure,
+            permanent,
+        } => {
             record(attempts, None, failure)?;
             transaction
                 .prepare_cached(
-                    "INSERT OR IGNORE INTO dead_letters (event, conversation, failed_at)
-                     SELECT id, conversation, ?2 FROM events WHERE id = ?1",
+                    "INSERT OR IGNORE INTO dead_letters (event, conversation, failed_at, permanent)
+                     SELECT id, conversation, ?2, ?3 FROM events WHERE id = ?1",
                 )?
-                .execute(params![event, now])?;
+                .execute(params![event, now, permanent])?;
             counts.of(Some(kind)).failed += 1;
         }
         Outcome::Delivered(_) => {

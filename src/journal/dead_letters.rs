@@ -12,7 +12,6 @@ use crate::domain::event::{EventKind, PartialEvent};
 use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::named::named;
 use crate::domain::time::{Millis, Timestamp};
-use crate::http::REJECTED_WRITE;
 
 /// A dead letter with its details.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
@@ -386,12 +385,6 @@ pub(super) fn partial_event(name: &str, raw: Option<&str>, known: PartialEvent) 
         UNREADABLE => PartialEvent::of(raw.unwrap_or_default()),
         _ => known,
     }
-}
-
-/// Whether a retry is pointless unless this program or OurAPI changes: the event could not be parsed, or OurAPI
-/// permanently rejected it.
-pub(super) fn is_permanent(name: &str, reason: &str) -> bool {
-    name == UNREADABLE || reason.starts_with(REJECTED_WRITE)
 }
 
 const DEAD_LETTERS: &str = "FROM dead_letters d LEFT JOIN attempts a ON a.event = d.event";

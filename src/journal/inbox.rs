@@ -654,7 +654,7 @@ fn insert_unreadable(
         .query_row(params![UNREADABLE, raw, fingerprint, now], |row| row.get(0))?;
     transaction
         .prepare_cached(
-            "INSERT INTO dead_letters (event, failed_at, epoch, received) VALUES (?1, ?2, ?3, ?4)",
+            "INSERT INTO dead_letters (event, failed_at, epoch, received, permanent) VALUES (?1, ?2, ?3, ?4, 1)",
         )?
         .execute(params![event, now, epoch, received.max(1)])?;
     transaction

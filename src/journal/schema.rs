@@ -22,6 +22,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("../../migrations/0001_journal.sql"),
     include_str!("../../migrations/0002_retried_at.sql"),
     include_str!("../../migrations/0003_denials.sql"),
+    include_str!("../../migrations/0004_permanent.sql"),
 ];
 
 /// How long a statement waits for another process (a command, a backup). It is short, because the daemon tries again
@@ -418,6 +419,41 @@ mod tests {
         let _opened = open_shared(&path).expect("no daemon uses it");
         assert_eq!(version(&old).ok(), Some(newest));
         lock().expect("the command releases it");
+    }
+
+    /// Earlier versions recognized permanent failures by kind and reason.
+    #[test]
+    fn upgrade_marks_permanent_failures() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut old = made(&directory.path().join("a.db"));
+        for migration in &MIGRATIONS[..3] {
+            old.execute_batch(migration).expect("a schema");
+        }
+        old.pragma_update(None, "user_version", 3)
+            .expect("a version");
+        let failed = [
+            (1, "MESSAGE", "OurAPI permanently rejects it: too short"),
+            (2, "MESSAGE", "OurAPI gave no usable answer"),
+            (3, "UNREADABLE", "unknown kind of event"),
+        ];
+        for (id, kind, reason) in failed {
+            let sql = format!(
+                "INSERT INTO events (id, kind, event_at, fingerprint, received_at) VALUES ({id}, '{kind}', 0, 0, 0);
+                 INSERT INTO attempts (event, attempts, counted, reason, request, response)
+                    VALUES ({id}, 1, 1, '{reason}', '', '');
+                 INSERT INTO dead_letters (event, failed_at) VALUES ({id}, 0);"
+            );
+            old.execute_batch(&sql).expect("a dead letter");
+        }
+        upgrade(&mut old, 3).expect("an upgrade");
+        let permanent: String = old
+            .query_row(
+                "SELECT group_concat(event) FROM dead_letters WHERE permanent",
+                [],
+                |row| row.get(0),
+            )
+            .expect("dead letters");
+        assert_eq!(permanent, "1,3");
     }
 
     #[test]

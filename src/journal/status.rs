@@ -7,7 +7,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 use serde::Serialize;
 
 use super::activity::minute;
-use super::dead_letters::{count_open, is_permanent};
+use super::dead_letters::count_open;
 use super::directory::{BELIEVED_DENIALS, Denial, LOSS_MINUTES};
 use super::file::DatabaseFile;
 use super::queue::count_waiting;
@@ -398,21 +398,19 @@ fn without_agent(connection: &Connection) -> Result<Vec<WithoutAgent>> {
 }
 
 fn groups(connection: &Connection) -> Result<Vec<Group>> {
-    // UNREADABLE sorts last, so it is the minimum only of a group without other kinds.
     let mut statement = connection.prepare_cached(
-        "SELECT reason, count(*), max(failed_at), min(kind) FROM (
-            SELECT coalesce(a.reason, '') AS reason, d.failed_at, e.kind FROM dead_letters d
-            JOIN events e ON e.id = d.event LEFT JOIN attempts a ON a.event = d.event
+        "SELECT reason, count(*), max(failed_at), min(permanent) FROM (
+            SELECT coalesce(a.reason, '') AS reason, d.failed_at, d.permanent FROM dead_letters d
+            LEFT JOIN attempts a ON a.event = d.event
             WHERE d.discarded_at IS NULL ORDER BY d.event LIMIT ?1)
          GROUP BY reason ORDER BY count(*) DESC, reason LIMIT ?2",
     )?;
     let groups = statement.query_map([GROUPED, GROUPS], |row| {
-        let (reason, name): (String, String) = (row.get(0)?, row.get(3)?);
         Ok(Group {
-            permanent: is_permanent(&name, &reason),
-            reason,
+            reason: row.get(0)?,
             count: unsigned(row, 1)?,
             latest_at: row.get(2)?,
+            permanent: row.get(3)?,
         })
     })?;
     Ok(groups.collect::<rusqlite::Result<_>>()?)

@@ -505,7 +505,11 @@ mod tests {
             next_at: Millis(0),
             failure: failure.clone(),
         };
-        let failed = Outcome::DeadLetter { attempts, failure };
+        let failed = Outcome::DeadLetter {
+            attempts,
+            failure,
+            permanent: false,
+        };
         for kind in EventKind::ALL {
             metrics.received(kind.name(), 10);
             metrics.attempted(kind, &Outcome::Delivered(Effect::Nothing));

@@ -10,7 +10,7 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 use uuid::Uuid;
 
 use super::activity::{minute, names};
-use super::dead_letters::{PastResolution, is_permanent, partial_event};
+use super::dead_letters::{PastResolution, partial_event};
 use super::{KnownAdvisor, Result, Store, UNREADABLE, limit, unsigned};
 use crate::domain::conversation::Details;
 use crate::domain::event::PartialEvent;
@@ -281,8 +281,10 @@ const WHOLE: &str = "SELECT e.id, e.kind, c.bigchat_id, e.conversation, c.chat_i
         coalesce(e.discarded_at, e.failed_at, iif(e.state = 'delivered', (SELECT v.delivered_at FROM deliveries v
             WHERE v.conversation = e.conversation AND v.through >= e.id ORDER BY v.through, v.id DESC LIMIT 1), NULL)) AS state_since,
         coalesce(a.attempts, 0) AS attempts, coalesce(a.outcome_unknown, 0) AS outcome_unknown, a.reason,
-        nullif(a.request, '') AS request, nullif(a.response, '') AS response
-    FROM event_states e LEFT JOIN attempts a ON a.event = e.id LEFT JOIN conversations c ON c.id = e.conversation
+        nullif(a.request, '') AS request, nullif(a.response, '') AS response,
+        coalesce(d.permanent, 0) AS permanent
+    FROM event_states e LEFT JOIN dead_letters d ON d.event = e.id LEFT JOIN attempts a ON a.event = e.id
+    LEFT JOIN conversations c ON c.id = e.conversation
     WHERE e.id = ?2";
 
 /// Conversations with a chat or an event. Others may be known only as probe conversations.
@@ -319,9 +321,8 @@ const WAITING_OF: &str = "SELECT min(waiting, ?2) FROM conversations WHERE id = 
 const UNPARSED: &str =
     "SELECT id, data FROM events WHERE conversation IS NULL ORDER BY id DESC LIMIT ?1";
 
-const FAILED_OF: &str = "SELECT d.event, e.kind, coalesce(a.reason, '')
-    FROM dead_letters d JOIN events e ON e.id = d.event LEFT JOIN attempts a ON a.event = d.event
-    WHERE d.conversation = ?1 AND d.discarded_at IS NULL ORDER BY d.event LIMIT ?2";
+const FAILED_OF: &str = "SELECT event, permanent FROM dead_letters
+    WHERE conversation = ?1 AND discarded_at IS NULL ORDER BY event LIMIT ?2";
 
 fn failed_row() -> String {
     format!(
@@ -403,10 +404,8 @@ fn conversation(connection: &Connection, key: ConversationId) -> Result<Option<C
     let mut statement = connection.prepare_cached(FAILED_OF)?;
     let mut failed = statement.query(params![key, limit(COUNTED)])?;
     while let Some(event) = failed.next()? {
-        let (id, name, reason): (EventId, String, String) =
-            (event.get(0)?, event.get(1)?, event.get(2)?);
-        row.failed.push(id);
-        row.permanent &= is_permanent(&name, &reason);
+        row.failed.push(event.get(0)?);
+        row.permanent &= event.get::<_, bool>(1)?;
     }
     Ok(Some(row))
 }
@@ -497,10 +496,9 @@ fn read_whole(row: &Row<'_>) -> rusqlite::Result<WholeEvent> {
         ),
         _ => data.unwrap_or_default(),
     };
-    let reason: Option<String> = row.get("reason")?;
     Ok(WholeEvent {
         id: row.get("id")?,
-        permanent: is_permanent(&kind, reason.as_deref().unwrap_or_default()),
+        permanent: row.get("permanent")?,
         kind,
         conversation,
         conversation_key: row.get("conversation")?,
@@ -513,7 +511,7 @@ fn read_whole(row: &Row<'_>) -> rusqlite::Result<WholeEvent> {
         state_since: row.get("state_since")?,
         attempts: row.get("attempts")?,
         outcome_unknown: row.get("outcome_unknown")?,
-        reason,
+        reason: row.get("reason")?,
         request: row.get("request")?,
         response: row.get("response")?,
         failures: Vec::new(),

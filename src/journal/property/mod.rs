@@ -647,10 +647,12 @@ impl Pair {
             Fate::Rejected => Outcome::DeadLetter {
                 attempts: attempts(false, false),
                 failure,
+                permanent: true,
             },
             Fate::GivenUp { outcome_unknown } => Outcome::DeadLetter {
                 attempts: attempts(true, outcome_unknown),
                 failure,
+                permanent: false,
             },
             Fate::Retried {
                 pause,

@@ -245,8 +245,8 @@ pub(crate) fn dead_letter(
          VALUES ({id}, {conversation}, '{kind}', 1795384800, '{data}', {id}, 1000);
          INSERT INTO attempts (event, conversation, attempts, counted, reason, request, response)
          SELECT id, conversation, {attempts}, 0, '{reason}', '', '' FROM events WHERE id = {id};
-         INSERT INTO dead_letters (event, conversation, failed_at)
-         SELECT id, conversation, 2000 FROM events WHERE id = {id};"
+         INSERT INTO dead_letters (event, conversation, failed_at, permanent)
+         SELECT id, conversation, 2000, '{reason}' LIKE 'OurAPI permanently rejects%' FROM events WHERE id = {id};"
     )
 }
 

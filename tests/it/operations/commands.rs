@@ -131,7 +131,7 @@ async fn two_epochs() -> Bench {
          INSERT INTO events (id, kind, event_at, data, fingerprint, received_at)
          VALUES (3, 'UNREADABLE', 0, '{{\"conversation_id\":42,\"note\":\"S3cretNote\"}}', 7, 1000);
          INSERT INTO attempts (event, attempts, counted, reason, request, response) VALUES (3, 0, 0, 'S3cretReason', '', '');
-         INSERT INTO dead_letters (event, failed_at, epoch, received) VALUES (3, 2000, 1, 1);",
+         INSERT INTO dead_letters (event, failed_at, epoch, received, permanent) VALUES (3, 2000, 1, 1, 1);",
         of(1, 100, "S3cretOne"),
         of(2, 200, "S3cretTwo"),
     ));
