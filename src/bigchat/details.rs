@@ -146,7 +146,7 @@ async fn denied(
         .journal
         .with(move |store| match counts {
             true => store.is_denied(epoch, what, id, now),
-            // After another failure, a denial that is already believed still counts, until the next pass.
+            // If this failure does not count as a denial, an earlier denial that was believed still holds.
             false => store.is_believed(epoch, what, id),
         })
         .await?;

@@ -29,7 +29,7 @@ named! {
         Unread = "unread",
         /// Never read again, since later details may name a later advisor.
         Read = "read",
-        /// BigChat no longer knows the conversation.
+        /// BigChat does not know the conversation, or has no usable record.
         Gone = "gone",
     }
 }
@@ -260,9 +260,9 @@ impl Pending {
 /// The failed attempts of an event.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Attempts {
-    /// All of them, for the back-off.
+    /// All of them except denials, for the back-off.
     pub failed: u32,
-    /// Those that failed while writes of other conversations succeeded.
+    /// Those that count towards `--max-attempts`.
     pub counted: u32,
     /// How many writes had succeeded at the last failure.
     pub writes_then: Option<i64>,

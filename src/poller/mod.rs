@@ -102,7 +102,7 @@ pub struct Poller {
     dropped_before: Option<Timestamp>,
     /// Whether this machine's clock was compared with BigChat's in this session. A difference is logged once.
     clock_reported: bool,
-    /// The longest window: the setting, or less after BigChat gave no usable answer for a first page.
+    /// The longest window: the setting, or less after a first page without a usable answer, or a page that was too large.
     max_window: Duration,
     /// In how many polls the same page could not be fetched. Only a page that is not the first of its window counts.
     page_failures: u32,
@@ -460,8 +460,8 @@ impl Poller {
 
     /// The cursor, or the time of the last poll if that is earlier. The time of the last poll is BigChat's present time
     /// minus the time elapsed since that poll. It is earlier than the cursor if the clock of BigChat, or of a server
-    /// that answered for it, was ahead at that poll. The result is never earlier than one
-    /// `--max-window` before the cursor or BigChat's present time, whichever of these is earlier.
+    /// that answered for it, was ahead at that poll. The result is never earlier than one `--max-window` before the
+    /// cursor or BigChat's present time, whichever of these is earlier.
     fn resumes_at(
         &self,
         cursor: Timestamp,

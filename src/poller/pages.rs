@@ -8,8 +8,8 @@ use crate::domain::dedupe::{Counts, Key, is_repetition};
 use crate::journal::{Journal, JournalError, Store, StoredPage};
 
 /// A window counts as complete after this many successive pages that are empty or repeat earlier ones, since a service
-/// may return such pages without end. Single ones prove nothing: empty pages are common, and in a flood of equal messages, a page may
-/// equal the previous one.
+/// may return such pages without end. Single ones prove nothing: empty pages are common, and in a flood of equal
+/// messages, a page may equal the previous one.
 const MAX_IDLE_PAGES: usize = 10;
 
 #[derive(Debug, Default)]

@@ -48,7 +48,7 @@ export function lasting(ms) {
   return hours % 24 && days < 10 ? `${days} d ${hours % 24} h` : `${count(days)} d`;
 }
 
-/** A duration in whole seconds. */
+/** The same, rounded down to whole seconds. */
 export const roughly = (ms) => (ms < 1000 ? "0 s" : lasting(Math.floor(ms / 1000) * 1000));
 
 export function size(bytes) {

@@ -123,7 +123,7 @@ export const talk = {
               ["Last END", time(one.ended_at)],
               ["First advisor", one.first_advisor],
               ["Latest advisor", one.transfer_at === null ? null : [`${one.transfer_advisor}, set by the TRANSFER of `, time(one.transfer_at)]],
-              ["Details", { unread: "not read yet", read: null, gone: "BigChat does not know the conversation" }[one.details]],
+              ["Details", { unread: "not read yet", read: null, gone: "BigChat does not know the conversation, or has no usable record" }[one.details]],
             ]),
           ),
         ),

@@ -29,7 +29,7 @@ pub(super) fn no_agent(
 ) -> String {
     match (advisor, known, accepted) {
         (None, ..) if details == Details::Gone => {
-            "no advisor is known, and BigChat does not know the conversation".to_owned()
+            "no advisor is known, and BigChat does not know the conversation or has no usable record".to_owned()
         }
         (None, ..) => {
             "not resolved yet: the conversation's details have not been read from BigChat"
