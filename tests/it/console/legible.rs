@@ -121,7 +121,8 @@ async fn long_text_truncated_in_lists_only() {
 async fn chat_without_agent_has_reason() {
     let gone = "BigChat does not know advisor 9007199254740993, or has no usable record";
     let rejected = "OurAPI does not accept the agent Ann (ann@x.test)";
-    let details = "no advisor is known, and BigChat does not know the conversation";
+    let details =
+        "no advisor is known, and BigChat does not know the conversation or has no usable record";
     side_by_side(["advisor", "agent", "details"], async |case| {
         run_test(async |t| {
             t.differs("the chat gets no agent");
