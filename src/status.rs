@@ -10,7 +10,7 @@ use serde::{Serialize, Serializer};
 
 use crate::bigchat::clock;
 use crate::domain::time::Millis;
-use crate::http::{Api, ApiStatus, RateLimit};
+use crate::http::{Api, ApiState, ApiStatus, RateLimit};
 use crate::journal::{Figures, JournalError, Refusal, Store};
 use crate::version;
 
@@ -109,6 +109,25 @@ impl Status {
 
 /// The remedy for a database that cannot be written.
 pub(crate) const WRITABLE: &str = "free disk space, fix its permissions, or end the process that locks it; a running daemon then continues automatically";
+
+/// Why no requests are sent to OurAPI now, as last stored by the delivering process.
+pub fn our_api_waits_for(store: &mut Store, now: Millis) -> Result<Option<String>, JournalError> {
+    if let Some(pause) = store.pause()?.filter(|pause| pause.left(now).is_some()) {
+        return Ok(Some(format!(
+            "deliveries are {pause}; `bigchat-sync resume` ends the pause"
+        )));
+    }
+    let status = store.api(Api::OurApi)?.without_passed_limit(now);
+    let reason = status.reason(Api::OurApi);
+    Ok(match (status.rate_limit, status.state, status.since) {
+        (None, ApiState::Down, Some(since)) => {
+            let problem = reason.unwrap_or_default();
+            Some(format!("OurAPI has been down since {since}: {problem}"))
+        }
+        (Some(_), ..) => reason,
+        _ => None,
+    })
+}
 
 /// JSON cannot represent bytes that are not UTF-8.
 fn lossy<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {

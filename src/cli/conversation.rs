@@ -11,6 +11,7 @@ use crate::domain::progress::Effect;
 use crate::domain::time::{Millis, Timestamp};
 use crate::journal::{ConversationRow, EventRow, EventState, Search, Store};
 use crate::settings::number;
+use crate::status;
 use crate::telemetry::terminal::printable;
 
 /// Which conversation.
@@ -51,7 +52,7 @@ pub fn run(db: &Path, args: &Args) -> Result<String, CommandError> {
     let (found, _) = store.find_conversations(&Search::Conversation(args.id))?;
     let mut answer = Answer {
         now,
-        our_api_waits_for: store.our_api_waits_for(now)?,
+        our_api_waits_for: status::our_api_waits_for(&mut store, now)?,
         conversations: Vec::with_capacity(found.len()),
         unparsed_events: store.unparsed_of(args.id)?,
     };

@@ -20,6 +20,7 @@ use crate::journal::{
     Difference, Journal, OpenError, STORAGE_PAUSE, Scope, Store, VerificationProgress,
 };
 use crate::settings::{Settings, Tokens, number};
+use crate::status;
 use crate::telemetry::rate::RateEstimate;
 use crate::telemetry::terminal::{Terminal, styled};
 
@@ -163,7 +164,7 @@ async fn watch(
         let (progress, waits_for) = journal
             .with(move |store| {
                 let progress = store.verification_progress(verification)?;
-                Ok((progress, store.our_api_waits_for(Millis::now())?))
+                Ok((progress, status::our_api_waits_for(store, Millis::now())?))
             })
             .await?;
         let left = progress.left + progress.waiting;

@@ -19,7 +19,6 @@ use crate::domain::progress::{
     Claim, FieldDifference, IdlePass, VerificationResult, Verify, VerifyMode, Work,
 };
 use crate::domain::time::Millis;
-use crate::http::{Api, ApiState};
 
 /// When a request that was never withdrawn is dropped.
 const DROPPED_AFTER: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -97,25 +96,6 @@ impl Pass {
 }
 
 impl Store {
-    /// Why no requests are sent to OurAPI now, as last stored by the delivering process.
-    pub fn our_api_waits_for(&mut self, now: Millis) -> Result<Option<String>> {
-        if let Some(pause) = self.pause()?.filter(|pause| pause.left(now).is_some()) {
-            return Ok(Some(format!(
-                "deliveries are {pause}; `bigchat-sync resume` ends the pause"
-            )));
-        }
-        let status = self.api(Api::OurApi)?.without_passed_limit(now);
-        let reason = status.reason(Api::OurApi);
-        Ok(match (status.rate_limit, status.state, status.since) {
-            (None, ApiState::Down, Some(since)) => {
-                let problem = reason.unwrap_or_default();
-                Some(format!("OurAPI has been down since {since}: {problem}"))
-            }
-            (Some(_), ..) => reason,
-            _ => None,
-        })
-    }
-
     /// Requests that chats be verified, and also repaired if `repair` is true. Returns the request's id; `None`: there
     /// are no such chats.
     pub fn request_verification(
