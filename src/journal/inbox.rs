@@ -1,6 +1,6 @@
 //! What the poller stores: the cursor, the pages of the unfinished window, and their events.
 
-use rusqlite::{OptionalExtension, Transaction, named_params, params};
+use rusqlite::{OptionalExtension, Transaction, params};
 
 use super::activity::Counts;
 use super::{JournalError, Result, Store, UNREADABLE, forget};
@@ -18,14 +18,6 @@ const DATE_LAG: i64 = 2;
 /// The oldest time for which BigChat still answers may advance during the search for the end of a gap. An advance of up
 /// to this many seconds is not a new gap.
 const GAP_MARGIN: i64 = 60;
-
-/// Moves the cursor to `:cursor`, if there is one, at `:now`.
-macro_rules! moves_cursor {
-    () => {
-        "cursor_moved_at = iif(:cursor <> coalesce(cursor, -1), :now, cursor_moved_at),
-         cursor = coalesce(:cursor, cursor)"
-    };
-}
 
 /// How many unparsable events of one page are stored. A page with more is considered hostile, and must not add millions
 /// of rows.
@@ -183,11 +175,10 @@ impl Store {
 
     /// Sets the cursor, and drops the unfinished window.
     pub fn set_cursor(&mut self, cursor: Timestamp, now: Millis) -> Result<()> {
-        self.connection.execute(
-            "UPDATE poll_state SET cursor = ?1, cursor_moved_at = ?2,
-                window_start = NULL, window_end = NULL, next_query = NULL",
-            params![cursor, now],
-        )?;
+        let transaction = self.begin()?;
+        drop_window(&transaction)?;
+        move_cursor(&transaction, cursor, now)?;
+        transaction.commit()?;
         Ok(())
     }
 
@@ -222,11 +213,8 @@ impl Store {
                 new = Some(starts_at);
             }
         }
-        transaction.execute(
-            "UPDATE poll_state SET cursor = ?1, cursor_moved_at = ?2,
-                window_start = NULL, window_end = NULL, next_query = NULL",
-            params![cursor, now],
-        )?;
+        drop_window(&transaction)?;
+        move_cursor(&transaction, cursor, now)?;
         transaction.execute("DELETE FROM inbox", [])?;
         transaction.commit()?;
         Ok(new)
@@ -276,15 +264,12 @@ impl Store {
             WindowProgress::Complete(cursor) => (None, Some(cursor)),
         };
         transaction.execute(
-            concat!(
-                "UPDATE poll_state SET window_start = :start, window_end = :end, next_query = :next, ",
-                moves_cursor!()
-            ),
-            named_params! {
-                ":start": page.window.start, ":end": page.window.end, ":next": next, ":cursor": cursor,
-                ":now": Millis::now(),
-            },
+            "UPDATE poll_state SET window_start = ?1, window_end = ?2, next_query = ?3",
+            params![page.window.start, page.window.end, next],
         )?;
+        if let Some(cursor) = cursor {
+            move_cursor(&transaction, *cursor, Millis::now())?;
+        }
         transaction.commit()?;
         Ok(id)
     }
@@ -445,15 +430,11 @@ impl Store {
     pub fn end_poll(&mut self, cursor: Timestamp, now: Millis, clock_ahead: i64) -> Result<()> {
         let transaction = self.begin()?;
         transaction.execute("DELETE FROM inbox", [])?;
+        drop_window(&transaction)?;
+        move_cursor(&transaction, cursor, now)?;
         transaction.execute(
-            concat!(
-                "UPDATE poll_state SET window_start = NULL, window_end = NULL, next_query = NULL, rescans_left = 0,
-                    polled_at = :now, clock_ahead = :ahead, ",
-                moves_cursor!()
-            ),
-            named_params! {
-                ":cursor": cursor, ":now": now, ":ahead": clock_ahead
-            },
+            "UPDATE poll_state SET rescans_left = 0, polled_at = ?1, clock_ahead = ?2",
+            params![now, clock_ahead],
         )?;
         transaction.commit()?;
         Ok(())
@@ -463,10 +444,8 @@ impl Store {
     pub fn read_again(&mut self, rescans_left: u32) -> Result<()> {
         let transaction = self.begin()?;
         transaction.execute("DELETE FROM inbox", [])?;
-        transaction.execute(
-            "UPDATE poll_state SET window_start = NULL, window_end = NULL, next_query = NULL, rescans_left = ?1",
-            [rescans_left],
-        )?;
+        drop_window(&transaction)?;
+        transaction.execute("UPDATE poll_state SET rescans_left = ?1", [rescans_left])?;
         transaction.commit()?;
         Ok(())
     }
@@ -494,6 +473,23 @@ impl Store {
         )?;
         Ok(())
     }
+}
+
+fn drop_window(transaction: &Transaction<'_>) -> Result<()> {
+    transaction.execute(
+        "UPDATE poll_state SET window_start = NULL, window_end = NULL, next_query = NULL",
+        [],
+    )?;
+    Ok(())
+}
+
+/// Moves the cursor, unless it is there already.
+fn move_cursor(transaction: &Transaction<'_>, cursor: Timestamp, now: Millis) -> Result<()> {
+    transaction.execute(
+        "UPDATE poll_state SET cursor = ?1, cursor_moved_at = ?2 WHERE cursor IS NOT ?1",
+        params![cursor, now],
+    )?;
+    Ok(())
 }
 
 /// Ingests one event, unless the journal already has as many equal ones as were received. Returns whether it is new.
