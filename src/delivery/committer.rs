@@ -102,7 +102,7 @@ impl Committer {
     }
 
     async fn refused(&self, error: &JournalError) {
-        self.storage.delivery_failed(error);
+        self.storage.delivery.failed(error);
         sleep(STORAGE_PAUSE).await;
     }
 
@@ -116,7 +116,7 @@ impl Committer {
             .journal
             .with(move |store| store.commit(&batch[rows], session, Millis::now()));
         committed.await?;
-        self.storage.delivery_recovered();
+        self.storage.delivery.succeeded();
         Ok(())
     }
 }

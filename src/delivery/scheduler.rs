@@ -231,7 +231,7 @@ impl Scheduler {
     /// How many conversations may be in progress.
     fn limit(&self, circuit: Circuit) -> usize {
         // While reports cannot be committed, no work is begun.
-        if self.uncommitted() > 0 && self.worker.storage.refuses_delivery() {
+        if self.uncommitted() > 0 && self.worker.storage.delivery.is_refused() {
             return 0;
         }
         match circuit {
@@ -372,7 +372,7 @@ impl Scheduler {
                 next_due,
             }) => {
                 if self.uncommitted() == 0 {
-                    self.worker.storage.delivery_recovered();
+                    self.worker.storage.delivery.succeeded();
                 }
                 self.may_be_due |= is_more;
                 let mut verifications = work.iter().filter_map(|work| work.verify);
@@ -391,7 +391,7 @@ impl Scheduler {
                 }
             }
             Err(error) => {
-                self.worker.storage.delivery_failed(&error);
+                self.worker.storage.delivery.failed(&error);
                 self.may_be_due = false;
                 self.query_in = STORAGE_PAUSE;
                 self.pass.not_before = Instant::now() + STORAGE_PAUSE;

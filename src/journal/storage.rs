@@ -6,10 +6,10 @@ use super::JournalError;
 use crate::mutex::lock;
 
 /// Whether the poller and delivery can currently write to the journal.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Storage {
-    poller: Writer,
-    delivery: Writer,
+    pub poller: Writer,
+    pub delivery: Writer,
 }
 
 /// Why the journal refuses one of its writers.
@@ -20,68 +20,55 @@ pub struct Refusal {
     pub is_replaced: bool,
 }
 
-/// `None`: its latest write succeeded.
-#[derive(Debug, Default)]
-struct Writer(Mutex<Option<Refusal>>);
+#[derive(Debug)]
+pub struct Writer {
+    /// What the writer does, as the log says it.
+    work: &'static str,
+    /// `None`: the latest write succeeded.
+    refusal: Mutex<Option<Refusal>>,
+}
 
-impl Writer {
-    /// Records a failed write. Returns whether the previous one had succeeded.
-    fn failed(&self, error: &JournalError) -> bool {
-        let refusal = Refusal {
-            reason: error.to_string(),
-            is_replaced: matches!(error, JournalError::Replaced(_)),
+impl Default for Storage {
+    fn default() -> Self {
+        let writer = |work| Writer {
+            work,
+            refusal: Mutex::default(),
         };
-        lock(&self.0).replace(refusal).is_none()
-    }
-
-    /// Records a successful write. Returns whether the previous one had failed.
-    fn succeeded(&self) -> bool {
-        lock(&self.0).take().is_some()
+        Self {
+            poller: writer("polling"),
+            delivery: writer("delivery"),
+        }
     }
 }
 
 impl Storage {
-    /// Records that the poller could not write.
-    pub fn polling_failed(&self, error: &JournalError) {
-        if self.poller.failed(error) {
-            tracing::error!(reason = %error, "the journal cannot be written; polling pauses until it can");
-        }
-    }
-
-    /// Records that the poller could write.
-    pub fn polling_recovered(&self) {
-        if self.poller.succeeded() {
-            tracing::info!("the journal can be written again; polling continues");
-        }
-    }
-
-    /// Records that delivery could not write.
-    pub fn delivery_failed(&self, error: &JournalError) {
-        if self.delivery.failed(error) {
-            tracing::error!(reason = %error, "the journal cannot be written; pausing deliveries until it can");
-        }
-    }
-
-    /// Records that delivery could write.
-    pub fn delivery_recovered(&self) {
-        if self.delivery.succeeded() {
-            tracing::info!("the journal can be written again; deliveries continue");
-        }
-    }
-
-    /// Whether the journal refuses the poller.
-    pub fn refuses_polling(&self) -> bool {
-        lock(&self.poller.0).is_some()
-    }
-
-    /// Whether the journal refuses delivery.
-    pub fn refuses_delivery(&self) -> bool {
-        lock(&self.delivery.0).is_some()
-    }
-
     /// Why the journal refuses either of them; `None`: it does not.
     pub fn refusal(&self) -> Option<Refusal> {
-        let refusal = lock(&self.poller.0).clone();
-        refusal.or_else(|| lock(&self.delivery.0).clone())
+        let refusal = lock(&self.poller.refusal).clone();
+        refusal.or_else(|| lock(&self.delivery.refusal).clone())
+    }
+}
+
+impl Writer {
+    /// Records a failed write.
+    pub fn failed(&self, error: &JournalError) {
+        let refusal = Refusal {
+            reason: error.to_string(),
+            is_replaced: matches!(error, JournalError::Replaced(_)),
+        };
+        if lock(&self.refusal).replace(refusal).is_none() {
+            tracing::error!(reason = %error, "the journal cannot be written; {} pauses until it can", self.work);
+        }
+    }
+
+    /// Records a successful write.
+    pub fn succeeded(&self) {
+        if lock(&self.refusal).take().is_some() {
+            tracing::info!("the journal can be written again; {} continues", self.work);
+        }
+    }
+
+    pub fn is_refused(&self) -> bool {
+        lock(&self.refusal).is_some()
     }
 }

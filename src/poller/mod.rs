@@ -187,7 +187,7 @@ impl Poller {
                 _ if self.unstored.is_some() => STORAGE_PAUSE.min(interval),
                 Ok(PollOutcome::More) => Duration::ZERO,
                 _ => {
-                    if !self.signals.storage.refuses_polling() {
+                    if !self.signals.storage.poller.is_refused() {
                         self.prune(tick + interval).await;
                     }
                     interval
@@ -239,11 +239,11 @@ impl Poller {
         let storage = &self.signals.storage;
         let counted_as = match &result {
             Ok(PollOutcome::UpToDate | PollOutcome::More) => {
-                storage.polling_recovered();
+                storage.poller.succeeded();
                 metrics::Poll::Complete
             }
             Ok(PollOutcome::Incomplete) => {
-                storage.polling_recovered();
+                storage.poller.succeeded();
                 metrics::Poll::Incomplete
             }
             Err(PollError::BigChat(error)) => {
@@ -265,7 +265,7 @@ impl Poller {
                 metrics::Poll::BigChatFailed
             }
             Err(PollError::Journal(error)) => {
-                storage.polling_failed(error);
+                storage.poller.failed(error);
                 metrics::Poll::JournalFailed
             }
         };
@@ -276,7 +276,7 @@ impl Poller {
     /// After a poll that had nothing to write, checks whether the journal is writable again.
     async fn retry_storage(&self) {
         let storage = &self.signals.storage;
-        if storage.refuses_polling()
+        if storage.poller.is_refused()
             && self.unstored.is_none()
             && self
                 .journal
@@ -284,7 +284,7 @@ impl Poller {
                 .await
                 .is_ok()
         {
-            storage.polling_recovered();
+            storage.poller.succeeded();
         }
     }
 
