@@ -168,50 +168,57 @@ impl Reconciliation {
         let has_failed = changes.iter().any(|event| event.attempts.failed > 0);
         if changes.len() < 2 || !has_failed {
             match self.write_chat(&changes).await {
-                Ok(None) => return Ok(()),
-                Ok(Some(effect)) => {
-                    self.done
-                        .extend(changes.iter().map(|event| (event.id, Ok(effect))));
-                    return Ok(());
-                }
-                Err(error) if !error.is_rejection() => {
-                    let first = changes.first().or(self.events.first());
-                    let mut stopped = Stopped::at(first.map(|event| event.id), error);
-                    if changes.is_empty() {
-                        stopped.step = Step::ChangingChat;
-                    }
-                    return Err(stopped);
-                }
-                Err(error) if changes.is_empty() => return self.unchangeable(error),
-                Err(error) if changes.len() == 1 => {
-                    self.done.push((changes[0].id, Err(error)));
-                    return Ok(());
-                }
-                Err(_) => {}
+                Err(error) if error.is_rejection() && changes.len() > 1 => {}
+                written => return self.changed(&changes, written).map(drop),
             }
         }
         for event in changes {
             if self.worker.stopping.is_cancelled() {
-                return Ok(());
+                break;
             }
-            match self.write_chat(std::slice::from_ref(&event)).await {
-                Ok(None) => return Ok(()),
-                Ok(Some(effect)) => self.done.push((event.id, Ok(effect))),
-                Err(error) if error.is_rejection() => self.done.push((event.id, Err(error))),
-                Err(error) => return Err(Stopped::at(Some(event.id), error)),
+            let change = std::slice::from_ref(&event);
+            let written = self.write_chat(change).await;
+            if !self.changed(change, written)? {
+                break;
             }
         }
         Ok(())
     }
 
+    /// Records the result of writing `changes`; of several, none is rejected. Returns whether another may follow.
+    fn changed(
+        &mut self,
+        changes: &[Pending],
+        written: Result<Option<Effect>, AttemptError>,
+    ) -> Result<bool, Stopped> {
+        match (written, changes) {
+            (Ok(None), _) => return Ok(false),
+            (Ok(Some(effect)), _) => {
+                let done = changes.iter().map(|event| (event.id, Ok(effect)));
+                self.done.extend(done);
+            }
+            (Err(error), []) if error.is_rejection() => self.unchangeable(error),
+            (Err(error), [event, ..]) if error.is_rejection() => {
+                self.done.push((event.id, Err(error)));
+            }
+            (Err(error), [event, ..]) => return Err(Stopped::at(Some(event.id), error)),
+            (Err(error), []) => {
+                let at = self.events.first().map(|event| event.id);
+                let step = Step::ChangingChat;
+                return Err(Stopped { at, error, step });
+            }
+        }
+        Ok(true)
+    }
+
     /// Handles the rejection of a change that no waiting event requests. An existing chat stays as it is and still gets
     /// messages. Without a chat, the first waiting event fails. If no event is waiting, there is no chat until the next
     /// event.
-    fn unchangeable(&mut self, error: AttemptError) -> Result<(), Stopped> {
+    fn unchangeable(&mut self, error: AttemptError) {
         if self.conversation.observed.chat.is_none() {
             if let Some(first) = self.events.first() {
                 self.done.push((first.id, Err(error)));
-                return Ok(());
+                return;
             }
             self.observation = Observation::Read(None);
         }
@@ -221,7 +228,6 @@ impl Reconciliation {
             reason = %failure.reason, request = %failure.request, response = %failure.response,
             "OurAPI rejects a change to a chat; the chat is not changed until the conversation's next event"
         );
-        Ok(())
     }
 
     /// Folds `changes` and writes the difference. Returns `None` if the changes were not made, because an existing
