@@ -40,15 +40,10 @@ const QUERY_EVERY: Duration = Duration::from_secs(10);
 /// After each verification in idle time, the next one waits for this many times its duration.
 const IDLE_FACTOR: u32 = 9;
 
-type Fetch = Pin<Box<dyn Future<Output = Fetched> + Send>>;
-
 /// The journal's response.
-struct Fetched {
-    asked_at: Millis,
-    /// Whether the query included the pass in idle time.
-    was_idle_time: bool,
-    claimed: Result<Claimed, JournalError>,
-}
+type Fetched = Result<Claimed, JournalError>;
+
+type Fetch = Pin<Box<dyn Future<Output = Fetched> + Send>>;
 
 /// What one Tokio task is working on.
 struct AtWork {
@@ -64,6 +59,8 @@ struct Pass {
     settings: Option<IdlePass>,
     /// The earliest time at which the next verification may begin.
     not_before: Instant,
+    /// Whether the latest query of the journal included the pass.
+    was_queried: bool,
     /// Whether the journal had a chat to verify in idle time when last queried.
     is_unfinished: bool,
     /// Cancelled when the verification in progress must give way to events.
@@ -128,6 +125,7 @@ impl Scheduler {
             pass: Pass {
                 settings: pass.filter(|_| mode == RunMode::All),
                 not_before: Instant::now(),
+                was_queried: false,
                 is_unfinished: false,
                 give_way: CancellationToken::new(),
             },
@@ -306,11 +304,11 @@ impl Scheduler {
         exclude.extend(self.timed_out.keys());
         let clock_set_back = now < self.last_query;
         self.last_query = now;
-        let is_idle_time = self.is_unoccupied() && instant >= self.pass.not_before;
+        self.pass.was_queried = self.is_unoccupied() && instant >= self.pass.not_before;
         let settings = &self.worker.settings;
         let request = ClaimRequest {
             verifications_only: self.mode == RunMode::Verifications,
-            idle_pass: self.pass.settings.filter(|_| is_idle_time),
+            idle_pass: self.pass.settings.filter(|_| self.pass.was_queried),
             probe: circuit == Circuit::HalfOpen,
             conversations,
             bytes,
@@ -327,11 +325,7 @@ impl Scheduler {
         let journal = Arc::clone(&self.worker.journal);
         self.fetch = Some(Box::pin(async move {
             let claimed = journal.with(move |store| store.claim(&request, now));
-            Fetched {
-                asked_at: now,
-                was_idle_time: is_idle_time,
-                claimed: claimed.await,
-            }
+            claimed.await
         }));
     }
 
@@ -360,12 +354,7 @@ impl Scheduler {
 
     fn fetched(&mut self, fetched: Fetched) {
         self.fetch = None;
-        let Fetched {
-            asked_at,
-            was_idle_time,
-            claimed,
-        } = fetched;
-        match claimed {
+        match fetched {
             Ok(Claimed {
                 work,
                 is_more,
@@ -378,11 +367,12 @@ impl Scheduler {
                 let mut verifications = work.iter().filter_map(|work| work.verify);
                 if verifications.any(|verify| verify.is_idle) {
                     self.pass.is_unfinished = true;
-                } else if was_idle_time && work.is_empty() {
+                } else if self.pass.was_queried && work.is_empty() {
                     self.pass.is_unfinished = false;
                 }
-                self.query_in =
-                    next_due.map_or(QUERY_EVERY, |due| due.since(asked_at).min(QUERY_EVERY));
+                self.query_in = next_due.map_or(QUERY_EVERY, |due| {
+                    due.since(self.last_query).min(QUERY_EVERY)
+                });
                 let loaded_at = Instant::now();
                 for work in work {
                     let is_new = self.claimed.insert(work.conversation.id);
