@@ -1,13 +1,13 @@
 //! The parts of the daemon, and those that polling, delivery and the console receive.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::bigchat::Source;
 use crate::console::Console;
-use crate::delivery::Delivery;
+use crate::delivery::{Agents, Delivery};
 use crate::http::Apis;
 use crate::journal::{Journal, Session, Storage};
 use crate::metrics::Metrics;
@@ -62,6 +62,14 @@ impl Parts {
             liveness: Arc::clone(&self.liveness),
             work_available: Arc::clone(&self.work_available),
             stopping: self.stopping.clone(),
+            agents: Agents::new(
+                &self.settings,
+                &self.session,
+                Arc::clone(&self.source),
+                Arc::clone(&self.our_api),
+                Arc::clone(&self.journal),
+            ),
+            unreadable: Mutex::default(),
         }
     }
 

@@ -5,19 +5,19 @@ use std::sync::{Arc, Mutex};
 
 use uuid::Uuid;
 
-use super::Delivery;
 use super::attempts::AttemptError;
 use crate::bigchat::{Source, details};
 use crate::domain::ids::{AdvisorId, Epoch, VerificationId};
 use crate::domain::time::Millis;
 use crate::http::route::Route;
 use crate::http::{ApiError, ErrorKind};
-use crate::journal::{Denial, Journal, JournalError, KnownAdvisor, KnownAgent};
+use crate::journal::{Denial, Journal, JournalError, KnownAdvisor, KnownAgent, Session};
 use crate::mutex::lock;
 use crate::our_api::{Agent, OurApi, is_alike};
+use crate::settings::Settings;
 
 #[derive(Debug)]
-pub(super) struct Agents {
+pub(crate) struct Agents {
     source: Arc<Source>,
     our_api: Arc<OurApi>,
     journal: Arc<Journal>,
@@ -48,14 +48,20 @@ impl Cache {
 }
 
 impl Agents {
-    pub(super) fn new(delivery: &Delivery) -> Self {
+    pub(crate) fn new(
+        settings: &Settings,
+        session: &Session,
+        source: Arc<Source>,
+        our_api: Arc<OurApi>,
+        journal: Arc<Journal>,
+    ) -> Self {
         Self {
-            source: Arc::clone(&delivery.source),
-            our_api: Arc::clone(&delivery.our_api),
-            journal: Arc::clone(&delivery.journal),
-            rebuild: delivery.settings.rebuild.restores(),
+            source,
+            our_api,
+            journal,
+            rebuild: settings.rebuild.restores(),
             cache: Mutex::new(Cache {
-                losses: delivery.session.losses,
+                losses: session.losses,
                 ..Cache::default()
             }),
             verified: Mutex::default(),

@@ -2,9 +2,9 @@
 
 use uuid::Uuid;
 
+use super::Delivery;
 use super::attempts::AttemptError;
 use super::handlers;
-use super::worker::Worker;
 use crate::bigchat::details;
 use crate::domain::conversation::{Conversation, Desired, Details, Fields, Pending};
 use crate::domain::time::Timestamp;
@@ -14,7 +14,7 @@ use crate::our_api::{self, NewChat};
 
 /// Reads the conversation's details before its chat is created, unless its events give both the start and the advisor.
 pub(super) async fn read_details(
-    worker: &Worker,
+    delivery: &Delivery,
     conversation: &mut Conversation,
     changes: &[Pending],
 ) -> Result<(), AttemptError> {
@@ -27,7 +27,7 @@ pub(super) async fn read_details(
         && conversation.details == Details::Unread
         && !is_complete
     {
-        details::read(&worker.source, conversation).await?;
+        details::read(&delivery.source, conversation).await?;
     }
     Ok(())
 }
@@ -35,7 +35,7 @@ pub(super) async fn read_details(
 /// The desired fields of the chat. `changes` are already folded into `desired`. `earliest` is the earliest time of all
 /// claimed events. `agent_removed`: another client has changed the agent, so a chat without an agent stays without one.
 pub(super) async fn fields(
-    worker: &Worker,
+    delivery: &Delivery,
     conversation: &Conversation,
     desired: &Desired,
     changes: &[Pending],
@@ -49,7 +49,7 @@ pub(super) async fn fields(
         (None, Some(before)) => earliest.map_or(before, |earliest| before.min(earliest)),
         (None, None) => {
             let id = conversation.id;
-            let known = worker
+            let known = delivery
                 .journal
                 .with(move |store| store.earliest_event(id))
                 .await?;
@@ -68,7 +68,7 @@ pub(super) async fn fields(
     let agent = match desired.advisor() {
         // The chat has the advisor's agent, or another client has removed it.
         advisor if is_settled && observed.advisor == advisor && !is_named => observed.agent,
-        Some(advisor) => worker.agents.resolve(conversation.epoch, advisor).await?,
+        Some(advisor) => delivery.agents.resolve(conversation.epoch, advisor).await?,
         None => observed.agent,
     };
     Ok(Fields {
@@ -88,7 +88,7 @@ pub(super) enum Created {
 /// the first intended start is used again: the chat may already have been created with it, and nothing else identifies
 /// the chat.
 pub(super) async fn create(
-    worker: &Worker,
+    delivery: &Delivery,
     conversation: &mut Conversation,
     desired: &Desired,
     fields: &Fields,
@@ -102,7 +102,7 @@ pub(super) async fn create(
         ..*fields
     };
     let mut external_id =
-        choose_external_id(worker, conversation, desired, fields.started_at).await?;
+        choose_external_id(delivery, conversation, desired, fields.started_at).await?;
     loop {
         let new = NewChat {
             external_id: &external_id,
@@ -110,7 +110,7 @@ pub(super) async fn create(
             ended_at: fields.ended_at,
             agent_id: fields.agent,
         };
-        let error = match worker.our_api.create_chat(&new).await {
+        let error = match delivery.our_api.create_chat(&new).await {
             Ok(created) => {
                 let observed = &mut conversation.observed;
                 observed.external_id = Some(external_id);
@@ -124,14 +124,14 @@ pub(super) async fn create(
         match error.kind {
             ErrorKind::Conflict => {}
             ErrorKind::NotFound(Resource::Agent) => {
-                return Err(worker.agents.missing(fields.agent, error).await);
+                return Err(delivery.agents.missing(fields.agent, error).await);
             }
             _ => return Err(AttemptError::Write(error)),
         }
-        match worker.our_api.chat(&external_id).await? {
+        match delivery.our_api.chat(&external_id).await? {
             // The external id is taken, but no listed chat has it, so the service does not behave like OurAPI.
             None => {
-                let http = worker.our_api.http();
+                let http = delivery.our_api.http();
                 let kind = ErrorKind::WrongService;
                 return Err(http.reclassify(error, Route::CreateChat, kind).into());
             }
@@ -141,7 +141,7 @@ pub(super) async fn create(
                 return Ok(Created::Adopted(found.chat_id));
             }
             Some(found) => {
-                let extended = with_start(worker, conversation, fields.started_at);
+                let extended = with_start(delivery, conversation, fields.started_at);
                 if extended == external_id {
                     return Err(AttemptError::Write(error.with_kind(ErrorKind::Rejected)));
                 }
@@ -149,7 +149,7 @@ pub(super) async fn create(
                     conversation = conversation.bigchat_id, %external_id, started_at = %found.started_at,
                     "OurAPI has a chat of another conversation with this external id; adding the start time to the external id"
                 );
-                record_intent(worker, conversation, &extended, fields.started_at).await?;
+                record_intent(delivery, conversation, &extended, fields.started_at).await?;
                 external_id = extended;
             }
         }
@@ -165,7 +165,7 @@ fn is_ours(conversation: &Conversation, fields: &Fields, found: &our_api::Chat) 
 
 /// Chooses the external id: the prefix and the conversation id, with the start time if the id was used before.
 async fn choose_external_id(
-    worker: &Worker,
+    delivery: &Delivery,
     conversation: &mut Conversation,
     desired: &Desired,
     started_at: Timestamp,
@@ -175,42 +175,42 @@ async fn choose_external_id(
     }
     let (epoch, bigchat_id) = (conversation.epoch, conversation.bigchat_id);
     let used = epoch.0 > 1
-        && worker
+        && delivery
             .journal
             .with(move |store| store.id_was_used_before(epoch, bigchat_id))
             .await?;
     let chosen = if used {
-        with_start(worker, conversation, started_at)
+        with_start(delivery, conversation, started_at)
     } else {
-        plain(worker, conversation)
+        plain(delivery, conversation)
     };
     if used || desired.started_at.is_none() {
-        record_intent(worker, conversation, &chosen, started_at).await?;
+        record_intent(delivery, conversation, &chosen, started_at).await?;
     }
     Ok(chosen)
 }
 
-fn plain(worker: &Worker, conversation: &Conversation) -> String {
+fn plain(delivery: &Delivery, conversation: &Conversation) -> String {
     format!(
         "{}{}",
-        worker.settings.external_id_prefix, conversation.bigchat_id
+        delivery.settings.external_id_prefix, conversation.bigchat_id
     )
 }
 
-fn with_start(worker: &Worker, conversation: &Conversation, started_at: Timestamp) -> String {
-    format!("{}@{started_at}", plain(worker, conversation))
+fn with_start(delivery: &Delivery, conversation: &Conversation, started_at: Timestamp) -> String {
+    format!("{}@{started_at}", plain(delivery, conversation))
 }
 
 /// Stores the identity of a chat before the chat is created. If the response is lost, an identity that cannot be
 /// derived again would otherwise be unknown.
 async fn record_intent(
-    worker: &Worker,
+    delivery: &Delivery,
     conversation: &mut Conversation,
     external_id: &str,
     started_at: Timestamp,
 ) -> Result<(), AttemptError> {
     let (id, stored) = (conversation.id, external_id.to_owned());
-    worker
+    delivery
         .journal
         .with(move |store| store.record_intent(id, &stored, started_at))
         .await?;

@@ -19,9 +19,9 @@ mod handlers;
 mod reconcile;
 mod report;
 mod scheduler;
-mod worker;
 
-use std::sync::Arc;
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc};
@@ -29,16 +29,17 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::bigchat::Source;
+use crate::domain::ids::ConversationId;
 use crate::journal::{Journal, STORAGE_PAUSE, Session, Storage};
 use crate::metrics::Metrics;
 use crate::our_api::OurApi;
 use crate::settings::Settings;
 use crate::telemetry::liveness::Liveness;
 
+pub(crate) use self::agents::Agents;
 pub use self::attempts::AttemptError;
 use self::committer::Committer;
 use self::scheduler::Scheduler;
-use self::worker::Worker;
 
 /// How long requests in flight may take at shutdown.
 pub const DRAIN: Duration = Duration::from_secs(8);
@@ -56,6 +57,7 @@ pub enum RunMode {
     Verifications,
 }
 
+/// What the scheduler and its workers share.
 #[derive(Debug)]
 pub struct Delivery {
     pub settings: Settings,
@@ -70,6 +72,9 @@ pub struct Delivery {
     pub work_available: Arc<Notify>,
     /// Cancelled at shutdown: no further request is begun.
     pub stopping: CancellationToken,
+    pub(crate) agents: Agents,
+    /// Chats whose fields were read, but whose messages cannot be read.
+    pub(crate) unreadable: Mutex<HashSet<ConversationId>>,
 }
 
 impl Delivery {
@@ -79,8 +84,8 @@ impl Delivery {
         let (reports, reported) = mpsc::channel(committer::MAX_CLAIMED);
         let (release, released) = mpsc::unbounded_channel();
         let committer = Committer::new(&self);
-        let worker = Arc::new(Worker::new(self));
-        let mut scheduler = Scheduler::new(Arc::clone(&worker), mode, reports, released);
+        let delivery = Arc::new(self);
+        let mut scheduler = Scheduler::new(Arc::clone(&delivery), mode, reports, released);
         let drained = CancellationToken::new();
         let deliver = async {
             scheduler.run().await;
@@ -104,8 +109,8 @@ impl Delivery {
         };
         let (nothing_given_up, committed) = tokio::join!(deliver, commit);
         let clean = nothing_given_up && committed;
-        let timed_out_until = worker.our_api.timed_out_until();
-        let ended = worker
+        let timed_out_until = delivery.our_api.timed_out_until();
+        let ended = delivery
             .journal
             .with(move |store| store.end_session(timed_out_until, clean));
         let failed = match timeout(STORAGE_PAUSE, ended).await {

@@ -3,9 +3,9 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use super::Delivery;
 use super::attempts::{self, AttemptError, Circumstances, Writes};
 use super::reconcile::{Reconciliation, Step, Stopped};
-use super::worker::Worker;
 use crate::domain::conversation::{Attempts, Conversation, Pending};
 use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::progress::{
@@ -15,20 +15,21 @@ use crate::domain::progress::{
 use crate::domain::time::Millis;
 use crate::http::Api;
 use crate::journal::STORAGE_PAUSE;
+use crate::mutex::lock;
 use crate::telemetry::log::log_at;
 
 pub(super) struct Reporter {
-    worker: Arc<Worker>,
+    delivery: Arc<Delivery>,
     writes: Writes,
     /// Failed reads of chats without waiting events.
     failed_reads: HashMap<ConversationId, u32>,
 }
 
 impl Reporter {
-    pub(super) fn new(worker: Arc<Worker>) -> Self {
-        let writes = Writes::since(worker.session.writes_succeeded);
+    pub(super) fn new(delivery: Arc<Delivery>) -> Self {
+        let writes = Writes::since(delivery.session.writes_succeeded);
         Self {
-            worker,
+            delivery,
             writes,
             failed_reads: HashMap::new(),
         }
@@ -95,11 +96,11 @@ impl Reporter {
         report.advance = advance(&report.claim, &events, &report.outcomes);
         let offset = report.advance.offset;
         for outcome in report.outcomes.iter().filter(|of| of.counts(offset)) {
-            let metrics = &self.worker.metrics;
+            let metrics = &self.delivery.metrics;
             metrics.attempted(outcome.kind, &outcome.outcome);
         }
         if outcome_unknown {
-            self.worker.metrics.unknown_outcome();
+            self.delivery.metrics.unknown_outcome();
         }
         report
     }
@@ -156,7 +157,7 @@ impl Reporter {
         let is_up = report.verified != Verified::NotAsked && is_reading_messages;
         let (failed, next_at) = self.read_failed(&report.conversation, error, is_up, now);
         report.due = Due::At(next_at);
-        if failed < self.worker.settings.max_attempts {
+        if failed < self.delivery.settings.max_attempts {
             return;
         }
         match report.verified {
@@ -179,7 +180,7 @@ impl Reporter {
 
     /// The chat's messages cannot be read, so only its fields are verified.
     fn verified_by_fields(&self, report: &mut Report) {
-        self.worker.record_unreadable(report.conversation.id);
+        lock(&self.delivery.unreadable).insert(report.conversation.id);
         report.observation = Observation::Read(None);
     }
 
@@ -191,9 +192,10 @@ impl Reporter {
         events: &[Pending],
         failure: &Failure,
     ) -> impl Iterator<Item = EventOutcome> {
+        let replay_until = self.delivery.session.replay_until.get();
         let unknown = events
             .iter()
-            .filter(|event| self.worker.is_outcome_unknown(claim, event));
+            .filter(move |event| claim.is_outcome_unknown(event, replay_until));
         unknown.map(|event| {
             let attempts = Attempts {
                 failed: event.attempts.failed.saturating_add(1),
@@ -218,7 +220,7 @@ impl Reporter {
         let mut lost = Lost {
             conversation,
             outcome: None,
-            due_at: now.plus(self.worker.settings.retry_initial),
+            due_at: now.plus(self.delivery.settings.retry_initial),
         };
         if let Some(event) = first {
             let error = AttemptError::Panicked;
@@ -291,8 +293,8 @@ impl Reporter {
         error: &AttemptError,
         now: Millis,
     ) -> Outcome {
-        let settings = &self.worker.settings;
-        let bigchat = self.worker.source.http();
+        let settings = &self.delivery.settings;
+        let bigchat = self.delivery.source.http();
         let circumstances = Circumstances {
             now,
             bigchat_is_failing: bigchat.is_failing(),
@@ -321,7 +323,7 @@ impl Reporter {
         now: Millis,
     ) -> (u32, Millis) {
         let failure = error.logged();
-        let is_failing = !is_up && self.worker.our_api.http().is_failing();
+        let is_failing = !is_up && self.delivery.our_api.http().is_failing();
         log_at!(
             !is_failing,
             conversation = conversation.bigchat_id,
@@ -331,7 +333,7 @@ impl Reporter {
         );
         let failed = self.failed_reads.entry(conversation.id).or_default();
         *failed = failed.saturating_add(u32::from(!is_failing));
-        let policy = self.worker.settings.retry();
+        let policy = self.delivery.settings.retry();
         // Half of the wait is fixed, since no event waits for the read.
         let wait = policy.backoff((*failed).max(1), 0.5 + rand::random::<f64>() / 2.0);
         (*failed, now.plus(wait))
@@ -341,10 +343,10 @@ impl Reporter {
     fn is_logged_otherwise(&self, error: &AttemptError) -> bool {
         match error {
             AttemptError::Read(error) | AttemptError::Write(error) => {
-                let worker = &self.worker;
+                let delivery = &self.delivery;
                 match error.api {
-                    Api::BigChat => worker.source.http().is_failing(),
-                    Api::OurApi => worker.our_api.http().is_failing(),
+                    Api::BigChat => delivery.source.http().is_failing(),
+                    Api::OurApi => delivery.our_api.http().is_failing(),
                 }
             }
             AttemptError::DataLost(_) => true,

@@ -12,11 +12,11 @@ use tokio::task::{self, JoinError, JoinSet};
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
 
+use super::Delivery;
 use super::RunMode;
 use super::committer::{MAX_CLAIMED, Released};
 use super::reconcile::{Reconciliation, reconcile};
 use super::report::Reporter;
-use super::worker::Worker;
 use crate::domain::conversation::Pending;
 use crate::domain::ids::ConversationId;
 use crate::domain::progress::{Ended, IdlePass, Work};
@@ -75,7 +75,7 @@ impl Pass {
 }
 
 pub(super) struct Scheduler {
-    worker: Arc<Worker>,
+    delivery: Arc<Delivery>,
     mode: RunMode,
     /// Claimed work that has not been started, each with the time of loading.
     ready: VecDeque<(Instant, Work)>,
@@ -101,15 +101,15 @@ pub(super) struct Scheduler {
 
 impl Scheduler {
     pub(super) fn new(
-        worker: Arc<Worker>,
+        delivery: Arc<Delivery>,
         mode: RunMode,
         reports: mpsc::Sender<Ended>,
         released: mpsc::UnboundedReceiver<Released>,
     ) -> Self {
-        let pass = worker.settings.idle_pass();
+        let pass = delivery.settings.idle_pass();
         Self {
-            reporter: Reporter::new(Arc::clone(&worker)),
-            worker,
+            reporter: Reporter::new(Arc::clone(&delivery)),
+            delivery,
             mode,
             ready: VecDeque::new(),
             claimed: HashSet::new(),
@@ -134,7 +134,7 @@ impl Scheduler {
     }
 
     pub(super) async fn run(&mut self) {
-        while !self.worker.stopping.is_cancelled() {
+        while !self.delivery.stopping.is_cancelled() {
             let now = Millis::now();
             let circuit = self.circuit(now);
             self.hand_out(circuit);
@@ -143,26 +143,26 @@ impl Scheduler {
                 break;
             }
             let rest = self.rest(circuit, now);
-            let worker = Arc::clone(&self.worker);
+            let delivery = Arc::clone(&self.delivery);
             tokio::select! {
                 // A fixed order makes a simulation reproducible.
                 biased;
                 Some(done) = self.at_work.join_next_with_id() => self.finished(done),
                 Some(released) = self.released.recv() => self.release(released),
                 fetched = fetched(&mut self.fetch) => self.fetched(fetched),
-                () = worker.work_available.notified() => self.may_be_due = true,
+                () = delivery.work_available.notified() => self.may_be_due = true,
                 () = sleep(rest) => {
                     self.may_be_due = true;
                     self.query_in = QUERY_EVERY;
                 }
-                () = worker.stopping.cancelled() => {}
+                () = delivery.stopping.cancelled() => {}
             }
             while let Some(done) = self.at_work.try_join_next_with_id() {
                 self.finished(done);
             }
-            self.worker.liveness.delivering.beat(QUERY_EVERY);
+            self.delivery.liveness.delivering.beat(QUERY_EVERY);
             if self.at_work.is_empty() {
-                self.worker.liveness.handling.rest();
+                self.delivery.liveness.handling.rest();
             }
         }
     }
@@ -208,12 +208,12 @@ impl Scheduler {
 
     /// Holds back a conversation while a write that timed out may still be carried out.
     fn hold(&mut self, conversation: ConversationId) {
-        let until = Instant::now() + self.worker.settings.request_timeout;
+        let until = Instant::now() + self.delivery.settings.request_timeout;
         self.timed_out.insert(conversation, until);
     }
 
     fn circuit(&self, now: Millis) -> Circuit {
-        let our_api = &self.worker.our_api;
+        let our_api = &self.delivery.our_api;
         // This also releases the permits and the lock of timed-out requests that can no longer be carried out.
         let free = our_api.free_permits(now);
         if our_api.paused().is_some() {
@@ -229,12 +229,12 @@ impl Scheduler {
     /// How many conversations may be in progress.
     fn limit(&self, circuit: Circuit) -> usize {
         // While reports cannot be committed, no work is begun.
-        if self.uncommitted() > 0 && self.worker.storage.delivery.is_refused() {
+        if self.uncommitted() > 0 && self.delivery.storage.delivery.is_refused() {
             return 0;
         }
         match circuit {
             Circuit::Closed => usize::from(
-                self.worker
+                self.delivery
                     .our_api
                     .free_permits(Millis::now())
                     .unwrap_or_default(),
@@ -265,7 +265,7 @@ impl Scheduler {
         while self.at_work.len() < limit
             && let Some((_, work)) = self.ready.pop_front()
         {
-            let worker = Arc::clone(&self.worker);
+            let delivery = Arc::clone(&self.delivery);
             let is_idle = work.verify.is_some_and(|verify| verify.is_idle);
             let at_work = AtWork {
                 conversation: work.conversation.id,
@@ -277,8 +277,8 @@ impl Scheduler {
                 self.pass.give_way = give_way.clone();
             }
             let task = self.at_work.spawn(async move {
-                let liveness = Arc::clone(&worker.liveness);
-                let work = reconcile(worker, work, &give_way);
+                let liveness = Arc::clone(&delivery.liveness);
+                let work = reconcile(delivery, work, &give_way);
                 liveness.handling.supervise_one(work).await
             });
             self.tasks.insert(task.id(), at_work);
@@ -305,7 +305,7 @@ impl Scheduler {
         let clock_set_back = now < self.last_query;
         self.last_query = now;
         self.pass.was_queried = self.is_unoccupied() && instant >= self.pass.not_before;
-        let settings = &self.worker.settings;
+        let settings = &self.delivery.settings;
         let request = ClaimRequest {
             verifications_only: self.mode == RunMode::Verifications,
             idle_pass: self.pass.settings.filter(|_| self.pass.was_queried),
@@ -313,7 +313,7 @@ impl Scheduler {
             conversations,
             bytes,
             exclude,
-            session: self.worker.session.id,
+            session: self.delivery.session.id,
             clock_set_back,
             request_timeout: settings.request_timeout,
             max_wait: settings
@@ -322,7 +322,7 @@ impl Scheduler {
                 .max(settings.poll_interval)
                 .saturating_add(settings.request_timeout),
         };
-        let journal = Arc::clone(&self.worker.journal);
+        let journal = Arc::clone(&self.delivery.journal);
         self.fetch = Some(Box::pin(async move {
             let claimed = journal.with(move |store| store.claim(&request, now));
             claimed.await
@@ -361,7 +361,7 @@ impl Scheduler {
                 next_due,
             }) => {
                 if self.uncommitted() == 0 {
-                    self.worker.storage.delivery.succeeded();
+                    self.delivery.storage.delivery.succeeded();
                 }
                 self.may_be_due |= is_more;
                 let mut verifications = work.iter().filter_map(|work| work.verify);
@@ -381,7 +381,7 @@ impl Scheduler {
                 }
             }
             Err(error) => {
-                self.worker.storage.delivery.failed(&error);
+                self.delivery.storage.delivery.failed(&error);
                 self.may_be_due = false;
                 self.query_in = STORAGE_PAUSE;
                 self.pass.not_before = Instant::now() + STORAGE_PAUSE;
@@ -415,7 +415,7 @@ impl Scheduler {
             }
             Err(error) => {
                 tracing::error!(reason = %error, "handler panicked; its last request will be verified before a retry");
-                self.worker.metrics.panicked();
+                self.delivery.metrics.panicked();
                 let Some(at_work) = at_work else {
                     return;
                 };
@@ -444,7 +444,7 @@ impl Scheduler {
                         conversations = requests,
                         "OurAPI did not answer in time; in-flight requests will be verified at the next start"
                     );
-                    self.worker.our_api.record_timeout(requests);
+                    self.delivery.our_api.record_timeout(requests);
                     self.at_work.abort_all();
                     return false;
                 }

@@ -66,6 +66,18 @@ impl Claim {
     pub fn may_be_carried_out(&self, event: &Pending) -> bool {
         event.attempts.outcome_unknown || self.became_stale && event.attempts.failed > 0
     }
+
+    /// Whether a waiting event may have been delivered although it has not failed: with a newer copy of this database,
+    /// or before OurAPI lost the chat, if the chat found since then was not read.
+    pub fn may_be_delivered(&self, event: &Pending, replay_until: EventId) -> bool {
+        event.id <= replay_until || event.restored && !self.is_read
+    }
+
+    /// Whether a waiting message may have been delivered.
+    pub fn is_outcome_unknown(&self, event: &Pending, replay_until: EventId) -> bool {
+        event.payload.kind().is_message()
+            && (self.may_be_carried_out(event) || self.may_be_delivered(event, replay_until))
+    }
 }
 
 /// A verification of a chat.

@@ -13,21 +13,22 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use self::read_back::{Needed, Refreshed};
+use super::Delivery;
 use super::attempts::AttemptError;
 use super::chat;
 use super::handlers::{self, message};
-use super::worker::Worker;
 use crate::domain::account::MessageKey;
 use crate::domain::conversation::{Conversation, Desired, FieldSet, Fields, Pending};
 use crate::domain::ids::EventId;
 use crate::domain::progress::{Claim, Effect, Missing, Observation, Verified, Work};
 use crate::http::{ApiError, ErrorKind, Resource};
+use crate::mutex::lock;
 use crate::settings::MessageAuthor;
 
 /// A piece of work in progress, and finally its result.
 #[derive(Debug)]
 pub(super) struct Reconciliation {
-    worker: Arc<Worker>,
+    delivery: Arc<Delivery>,
     pub(super) conversation: Conversation,
     pub(super) events: Arc<[Pending]>,
     pub(super) claim: Claim,
@@ -87,7 +88,7 @@ impl Stopped {
 /// Delivers the events of a conversation until they are done, one fails, or the daemon is to stop. A verification ends
 /// before its next request once `give_way` is cancelled.
 pub(super) async fn reconcile(
-    worker: Arc<Worker>,
+    delivery: Arc<Delivery>,
     work: Work,
     give_way: &CancellationToken,
 ) -> Reconciliation {
@@ -98,7 +99,7 @@ pub(super) async fn reconcile(
         verify,
     } = work;
     let mut reconciliation = Reconciliation {
-        worker,
+        delivery,
         conversation,
         events,
         claim,
@@ -133,9 +134,14 @@ impl Reconciliation {
         self.send_messages().await
     }
 
+    /// The last event that may have been delivered with a newer copy of this database.
+    fn replay_until(&self) -> EventId {
+        self.delivery.session.replay_until.get()
+    }
+
     /// Whether what OurAPI has lost is sent again.
     fn rebuilds(&self) -> bool {
-        self.worker.settings.rebuild.restores()
+        self.delivery.settings.rebuild.restores()
     }
 
     /// Whether the journal's record of the chat may be wrong.
@@ -149,9 +155,9 @@ impl Reconciliation {
         // A chat recorded as unreadable has unreadable messages, but its fields were read. A change needs only the
         // fields.
         let must_be_read = |event: &Pending| {
-            self.worker.may_be_delivered(&self.claim, event)
+            self.claim.may_be_delivered(event, self.replay_until())
                 && (event.payload.kind().is_message()
-                    || !self.worker.is_unreadable(self.conversation.id))
+                    || !lock(&self.delivery.unreadable).contains(&self.conversation.id))
         };
         !self.claim.is_read && self.events.iter().any(must_be_read)
     }
@@ -173,7 +179,7 @@ impl Reconciliation {
             }
         }
         for event in changes {
-            if self.worker.stopping.is_cancelled() {
+            if self.delivery.stopping.is_cancelled() {
                 break;
             }
             let change = std::slice::from_ref(&event);
@@ -244,7 +250,7 @@ impl Reconciliation {
             }
             return Ok(Some(Effect::Nothing));
         }
-        chat::read_details(&self.worker, &mut self.conversation, changes).await?;
+        chat::read_details(&self.delivery, &mut self.conversation, changes).await?;
         let mut desired = self.conversation.desired;
         for event in changes {
             handlers::fold(&mut desired, event);
@@ -252,7 +258,7 @@ impl Reconciliation {
         let earliest = self.events.iter().map(|event| event.at).min();
         let agent_removed = self.drift.unwrap_or(self.claim.drift).agent;
         let fields = chat::fields(
-            &self.worker,
+            &self.delivery,
             &self.conversation,
             &desired,
             changes,
@@ -282,7 +288,7 @@ impl Reconciliation {
             observed.apply(fields, desired.advisor());
             return Ok(Some(Effect::Nothing));
         }
-        let Err(error) = self.worker.our_api.change_chat(chat, &change).await else {
+        let Err(error) = self.delivery.our_api.change_chat(chat, &change).await else {
             observed.apply(fields, desired.advisor());
             self.writes += 1;
             return Ok(Some(Effect::ChatChanged));
@@ -301,7 +307,7 @@ impl Reconciliation {
         desired: &Desired,
         fields: &Fields,
     ) -> Result<Option<Effect>, AttemptError> {
-        match chat::create(&self.worker, &mut self.conversation, desired, fields).await? {
+        match chat::create(&self.delivery, &mut self.conversation, desired, fields).await? {
             chat::Created::New => {
                 self.writes += 1;
                 self.observation = Observation::Created;
@@ -335,7 +341,7 @@ impl Reconciliation {
     /// Handles a not-found response for an agent. If the loss is confirmed, the chat has no agent until the agent is
     /// created again.
     async fn agent_missing(&mut self, agent: Option<Uuid>, error: ApiError) -> AttemptError {
-        let error = self.worker.agents.missing(agent, error).await;
+        let error = self.delivery.agents.missing(agent, error).await;
         if matches!(error, AttemptError::DataLost(_)) {
             self.conversation.observed.forget_agent();
         }
@@ -346,7 +352,7 @@ impl Reconciliation {
         let Some(chat) = self.conversation.observed.chat else {
             return Ok(());
         };
-        let author = match self.worker.settings.message_author {
+        let author = match self.delivery.settings.message_author {
             MessageAuthor::None => None,
             MessageAuthor::Agent => self.conversation.observed.agent,
         };
@@ -355,19 +361,19 @@ impl Reconciliation {
             let Some(text) = event.payload.text() else {
                 continue;
             };
-            if self.worker.stopping.is_cancelled() {
+            if self.delivery.stopping.is_cancelled() {
                 return Ok(());
             }
             // A credit counts only for a message that may have been sent before.
             if event
                 .credit
-                .is_some_and(|as_of| event.id <= as_of.max(self.worker.session.replay_until.get()))
+                .is_some_and(|as_of| event.id <= as_of.max(self.replay_until()))
             {
                 self.consumed.push(MessageKey::new(event.at, text));
                 self.done.push((event.id, Ok(Effect::Nothing)));
                 continue;
             }
-            let sent = message::send(&self.worker.our_api, chat, event, text, author).await;
+            let sent = message::send(&self.delivery.our_api, chat, event, text, author).await;
             let Err(error) = sent else {
                 self.writes += 1;
                 self.done.push((event.id, Ok(Effect::MessageAdded)));

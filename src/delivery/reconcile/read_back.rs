@@ -72,7 +72,7 @@ impl Reconciliation {
     fn unknown_fields(&self) -> FieldSet {
         let is_unknown = |event: &&Pending| {
             self.claim.may_be_carried_out(event)
-                || self.must_be_read() && self.worker.may_be_delivered(&self.claim, event)
+                || self.must_be_read() && self.claim.may_be_delivered(event, self.replay_until())
         };
         let changes = || {
             self.events
@@ -112,7 +112,7 @@ impl Reconciliation {
     /// Whether the chat has no agent because OurAPI has lost the agent. An agent that another client has removed from
     /// the chat still exists. After a loss, the advisor's agent is written again.
     async fn is_agent_lost(&mut self, before: Option<Uuid>) -> Result<bool, AttemptError> {
-        let agents = &self.worker.agents;
+        let agents = &self.delivery.agents;
         let is_lost = match before {
             Some(agent) if self.rebuilds() => agents.is_gone(agent).await?,
             _ => false,
@@ -145,8 +145,8 @@ impl Reconciliation {
         if let Some(advisor) = desired.advisor()
             && self.claim.is_lost
             && observed.advisor == Some(advisor)
-            && self.worker.agents.resolve(*epoch, advisor).await? != agent
-            && !self.worker.agents.is_there(agent).await?
+            && self.delivery.agents.resolve(*epoch, advisor).await? != agent
+            && !self.delivery.agents.is_there(agent).await?
         {
             observed.agent = named;
             observed.advisor = None;
@@ -183,7 +183,7 @@ impl Reconciliation {
     pub(super) async fn agent_of(&self, advisor: AdvisorId) -> Result<Option<Uuid>, AttemptError> {
         let epoch = self.conversation.epoch;
         let agent = self
-            .worker
+            .delivery
             .journal
             .with(move |store| store.agent_of(epoch, advisor));
         Ok(agent.await?)
@@ -228,7 +228,7 @@ impl Reconciliation {
     pub(super) async fn refresh(&self) -> Result<Refreshed, AttemptError> {
         let observed = &self.conversation.observed;
         let external_id = observed.external_id.as_deref().unwrap_or_default();
-        Ok(match self.worker.our_api.chat(external_id).await? {
+        Ok(match self.delivery.our_api.chat(external_id).await? {
             Some(found) if Some(found.chat_id) == observed.chat => Refreshed::Ours(found),
             _ => Refreshed::Gone,
         })
@@ -237,9 +237,9 @@ impl Reconciliation {
     /// The conversation's messages in the journal.
     pub(super) async fn recorded(&self) -> Result<Vec<Recorded>, AttemptError> {
         let id = self.conversation.id;
-        let replay_until = self.worker.session.replay_until.get();
+        let replay_until = self.replay_until();
         let recorded = self
-            .worker
+            .delivery
             .journal
             .with(move |store| store.recorded_messages(id, replay_until));
         Ok(recorded.await?)
@@ -291,7 +291,7 @@ impl Reconciliation {
         let mut messages = self
             .events
             .iter()
-            .filter(|event| self.worker.is_outcome_unknown(&self.claim, event));
+            .filter(|event| self.claim.is_outcome_unknown(event, self.replay_until()));
         messages.next().map(|event| event.id)
     }
 
@@ -304,15 +304,15 @@ impl Reconciliation {
             "OurAPI has lost a chat"
         );
         let is_known = self.claim.is_lost && self.observation != Observation::Created
-            || self.worker.agents.losses() > self.claim.losses;
+            || self.delivery.agents.losses() > self.claim.losses;
         if !rebuild || !self.rebuilds() {
             // The agents may be gone, too. Checking them again costs one request per agent.
-            self.worker.agents.forget();
+            self.delivery.agents.forget();
         } else if !is_known {
-            self.worker.agents.record_loss().await?;
+            self.delivery.agents.record_loss().await?;
         }
         if rebuild {
-            self.worker.metrics.chat_was_missing();
+            self.delivery.metrics.chat_was_missing();
         }
         self.observation = Observation::Gone { rebuild };
         Ok(())
@@ -324,7 +324,7 @@ impl Reconciliation {
         chat: Uuid,
         at: Option<EventId>,
     ) -> Result<Vec<MessageKey>, Stopped> {
-        match self.worker.our_api.messages(chat).await {
+        match self.delivery.our_api.messages(chat).await {
             Ok(held) => Ok(held.iter().map(Message::key).collect()),
             Err(error) => Err(Stopped {
                 step: Step::ReadingMessages,

@@ -32,18 +32,18 @@ impl Reconciliation {
             tokio::select! {
                 () = sleep(LAG) => {}
                 () = give_way.cancelled() => return Ok(()),
-                () = self.worker.stopping.cancelled() => return Ok(()),
+                () = self.delivery.stopping.cancelled() => return Ok(()),
             }
         }
         let refreshed = self.refresh().await.map_err(failed)?;
-        if give_way.is_cancelled() || self.worker.stopping.is_cancelled() {
+        if give_way.is_cancelled() || self.delivery.stopping.is_cancelled() {
             return Ok(());
         }
         let Refreshed::Ours(found) = refreshed else {
             return self.verify_gone(verify).await.map_err(failed);
         };
         let held = self.held(found.chat_id, None).await?;
-        if give_way.is_cancelled() || self.worker.stopping.is_cancelled() {
+        if give_way.is_cancelled() || self.delivery.stopping.is_cancelled() {
             return Ok(());
         }
         let recorded = self.recorded().await.map_err(failed)?;
@@ -69,7 +69,7 @@ impl Reconciliation {
             return Ok(());
         }
         if differs {
-            self.worker.metrics.chat_differed();
+            self.delivery.metrics.chat_differed();
         }
         if verify.is_idle && !missing.is_none() {
             tracing::error!(
@@ -85,7 +85,7 @@ impl Reconciliation {
     async fn was_just_delivered(&self) -> Result<bool, AttemptError> {
         let (id, since) = (self.conversation.id, Millis::now().minus(LAG));
         let latest = self
-            .worker
+            .delivery
             .journal
             .with(move |store| store.was_delivered_since(id, since));
         Ok(latest.await?)
@@ -160,7 +160,7 @@ impl Reconciliation {
         match found.or(written) {
             Some(agent) if desired.advisor().is_some() => {
                 let verification = self.claim.verifications;
-                self.worker.agents.is_gone_in(verification, agent).await
+                self.delivery.agents.is_gone_in(verification, agent).await
             }
             _ => Ok(false),
         }
@@ -211,7 +211,7 @@ impl Reconciliation {
         };
         if result.missing.agent {
             let gone = found.agent_id.or(observed.agent);
-            self.worker.agents.forget_if_lost(gone).await?;
+            self.delivery.agents.forget_if_lost(gone).await?;
             (after.agent, after.advisor) = (found.agent_id, None);
         }
         Ok(after)
