@@ -13,7 +13,6 @@
 
 mod agents;
 mod attempts;
-mod chat;
 mod committer;
 mod handlers;
 mod reconcile;

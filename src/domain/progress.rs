@@ -300,6 +300,8 @@ pub enum Observation {
     None,
     /// The chat was created, so it cannot have messages that would be duplicated.
     Created,
+    /// The chat existed already, and was not read yet.
+    Adopted,
     /// The chat was read; `None`: without its messages.
     Read(Option<Accounting>),
     /// OurAPI has lost the chat. `rebuild`: all of its events are delivered again.
@@ -365,7 +367,7 @@ impl Report {
             // Without a chat there is nothing left to write, so the conversation is not due again at once.
             Observation::Read(None) => self.conversation.observed.chat.is_some(),
             Observation::Read(Some(_)) | Observation::Gone { .. } => true,
-            Observation::None | Observation::Created => false,
+            Observation::None | Observation::Created | Observation::Adopted => false,
         };
         match self.due {
             Due::At(at) => Some(at),

@@ -124,7 +124,10 @@ fn commit(
                 )?;
             }
         }
-        Observation::None | Observation::Created | Observation::Read(None) => {}
+        Observation::None
+        | Observation::Created
+        | Observation::Adopted
+        | Observation::Read(None) => {}
         Observation::Read(Some(accounting)) => read(transaction, report, accounting)?,
         Observation::Gone { rebuild } => {
             gone(transaction, id, *rebuild)?;

@@ -4,6 +4,7 @@
 //! use of an older copy of the database. The conversation is then *stale*, and there is one remedy: the chat is read
 //! back, and its messages are accounted for. The claim ends with that; the next claim sends missing and waiting events.
 
+mod create;
 mod read_back;
 mod verify;
 
@@ -12,11 +13,11 @@ use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use self::read_back::{Needed, Refreshed};
+use self::read_back::Refreshed;
 use super::Delivery;
 use super::attempts::AttemptError;
-use super::chat;
 use super::handlers::{self, message};
+use crate::bigchat::details;
 use crate::domain::account::MessageKey;
 use crate::domain::conversation::{Conversation, Desired, FieldSet, Fields, Pending};
 use crate::domain::ids::EventId;
@@ -38,8 +39,6 @@ pub(super) struct Reconciliation {
     /// Set if the work ended early.
     pub(super) stopped: Option<Stopped>,
     pub(super) observation: Observation,
-    /// Whether a chat was adopted and its messages could not be read.
-    pub(super) is_unread: bool,
     pub(super) consumed: Vec<MessageKey>,
     /// How many writes OurAPI carried out.
     pub(super) writes: u32,
@@ -106,7 +105,6 @@ pub(super) async fn reconcile(
         done: Vec::new(),
         stopped: None,
         observation: Observation::None,
-        is_unread: false,
         consumed: Vec::new(),
         writes: 0,
         verified: verify.map_or(Verified::NotAsked, |_| Verified::NotDone),
@@ -250,22 +248,12 @@ impl Reconciliation {
             }
             return Ok(Some(Effect::Nothing));
         }
-        chat::read_details(&self.delivery, &mut self.conversation, changes).await?;
-        let mut desired = self.conversation.desired;
-        for event in changes {
-            handlers::fold(&mut desired, event);
+        let mut desired = self.folded(changes);
+        if self.needs_details(&desired) {
+            details::read(&self.delivery.source, &mut self.conversation).await?;
+            desired = self.folded(changes);
         }
-        let earliest = self.events.iter().map(|event| event.at).min();
-        let agent_removed = self.drift.unwrap_or(self.claim.drift).agent;
-        let fields = chat::fields(
-            &self.delivery,
-            &self.conversation,
-            &desired,
-            changes,
-            earliest,
-            agent_removed,
-        )
-        .await?;
+        let fields = self.fields(&desired, changes).await?;
         let effect = match self.conversation.observed.chat {
             Some(chat) => self.patch(chat, &desired, &fields).await?,
             None => self.create(&desired, &fields).await?,
@@ -274,6 +262,15 @@ impl Reconciliation {
             self.conversation.desired = desired;
         }
         Ok(effect)
+    }
+
+    /// The desired chat after `changes`.
+    fn folded(&self, changes: &[Pending]) -> Desired {
+        let mut desired = self.conversation.desired;
+        for event in changes {
+            handlers::fold(&mut desired, event);
+        }
+        desired
     }
 
     async fn patch(
@@ -299,31 +296,6 @@ impl Reconciliation {
                 Err(self.agent_missing(fields.agent, error).await)
             }
             _ => Err(AttemptError::Write(error)),
-        }
-    }
-
-    async fn create(
-        &mut self,
-        desired: &Desired,
-        fields: &Fields,
-    ) -> Result<Option<Effect>, AttemptError> {
-        match chat::create(&self.delivery, &mut self.conversation, desired, fields).await? {
-            chat::Created::New => {
-                self.writes += 1;
-                self.observation = Observation::Created;
-                // A retried creation uses the first intended start again, and an earlier event may have arrived since.
-                let changed = match self.conversation.observed.chat {
-                    Some(chat) => self.patch(chat, desired, fields).await?,
-                    None => None,
-                };
-                Ok(changed.map(|_| Effect::ChatCreated))
-            }
-            chat::Created::Adopted(chat) => {
-                let accounted = self.account(chat, Needed::Always).await;
-                self.is_unread = accounted.is_err();
-                accounted.map_err(|stopped| stopped.error)?;
-                Ok(None)
-            }
         }
     }
 

@@ -527,7 +527,7 @@ impl Plain {
             conversation.is_read = true;
         }
         match observation {
-            Observation::None | Observation::Created => false,
+            Observation::None | Observation::Created | Observation::Adopted => false,
             Observation::Read(None) => true,
             Observation::Read(Some(Accounting {
                 missing,
