@@ -56,28 +56,27 @@ impl Reconciliation {
         let (missing, drift) = (result.missing, result.drift);
         let lacks_agent = self.lacks_agent(drift);
         let differs = result != VerificationResult::default();
-        self.verified(verify, result);
-        if verify.is_idle {
-            self.report_drift(drift, &found);
-        }
         let is_left = match verify.mode {
             VerifyMode::Report => true,
             VerifyMode::Restore => missing.is_none() && !lacks_agent,
             VerifyMode::Overwrite => false,
         };
-        if is_left {
-            return Ok(());
+        if !is_left {
+            if differs {
+                self.delivery.metrics.chat_differed();
+            }
+            if verify.is_idle && !missing.is_none() {
+                tracing::error!(
+                    conversation = self.conversation.bigchat_id, chat = %found.chat_id, %missing,
+                    "OurAPI has lost a part of a chat; it is sent again"
+                );
+            }
+            self.observation = Observation::Read(Some(accounting));
         }
-        if differs {
-            self.delivery.metrics.chat_differed();
+        self.verified(verify, result);
+        if verify.is_idle {
+            self.report_drift(drift, &found);
         }
-        if verify.is_idle && !missing.is_none() {
-            tracing::error!(
-                conversation = self.conversation.bigchat_id, chat = %found.chat_id, %missing,
-                "OurAPI has lost a part of a chat; it is sent again"
-            );
-        }
-        self.observation = Observation::Read(Some(accounting));
         Ok(())
     }
 
@@ -94,23 +93,27 @@ impl Reconciliation {
     async fn verify_gone(&mut self, verify: Verify) -> Result<(), AttemptError> {
         let recorded = self.recorded().await?;
         let accounting = account::account(Vec::new(), &recorded);
+        match verify.mode {
+            VerifyMode::Report => {}
+            VerifyMode::Restore | VerifyMode::Overwrite => self.gone(true).await?,
+        }
+        let missing = Missing {
+            chat: true,
+            messages: count(&accounting.missing),
+            ..Missing::default()
+        };
         self.verified(
             verify,
             VerificationResult {
-                missing: Missing {
-                    chat: true,
-                    messages: count(&accounting.missing),
-                    ..Missing::default()
-                },
+                missing,
                 ..VerificationResult::default()
             },
         );
-        match verify.mode {
-            VerifyMode::Report => Ok(()),
-            VerifyMode::Restore | VerifyMode::Overwrite => self.gone(true).await,
-        }
+        Ok(())
     }
 
+    /// Records the result of a verification that has succeeded. The repair of what it found is prepared before, since a
+    /// chat counts as verified from then on.
     fn verified(&mut self, verify: Verify, found: VerificationResult) {
         let (missing, drift) = found.left(verify.mode);
         if verify.is_idle {
