@@ -147,10 +147,10 @@ impl BigChat {
         target: &Target,
         parse: impl FnOnce(&mut Response) -> std::result::Result<T, String>,
     ) -> Result<T> {
-        let sent = self.http.send(target, None::<&()>).await;
+        let sent = self.http.send(target, None).await;
         self.clock
             .observe(sent.as_ref().ok().and_then(|response| response.date));
-        self.http.conclude(target, None::<&()>, sent, parse)
+        self.http.conclude(target, None, sent, parse)
     }
 }
 

@@ -335,7 +335,7 @@ async fn ask(
         }
     }
     let description = bigchat.target(Route::Description, "", None);
-    let description = bigchat.call(&description, None::<&()>, |answer| json(&answer.body));
+    let description = bigchat.call(&description, None, |answer| json(&answer.body));
     let description: Option<Value> = description.await.ok();
     let claim = description.and_then(|description| claim(&description, "/events"));
     let bigchat = BigChat::new(Arc::new(bigchat));

@@ -124,14 +124,12 @@ impl Exchange {
     /// Records a request and its response, or the reason why there was none.
     pub(super) fn new(
         target: &Target,
-        body: Option<&impl serde::Serialize>,
+        body: Option<&str>,
         response: Result<&Response, &str>,
         cause: Option<Cause>,
     ) -> Self {
         let (method, path) = (target.route.method(), target.path());
-        let body = body
-            .and_then(|body| serde_json::to_string(body).ok())
-            .unwrap_or_default();
+        let body = body.unwrap_or_default();
         let detail = response
             .ok()
             .filter(|response| response.status.is_client_error())

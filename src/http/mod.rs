@@ -18,7 +18,6 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use reqwest::StatusCode;
-use serde::Serialize;
 use url::Url;
 
 pub use self::api::Api;
@@ -173,12 +172,12 @@ impl Http {
         }
     }
 
-    /// Sends a request with `body` as JSON, and parses a successful response with `read`. If the response is unusable,
-    /// `read` returns the reason.
+    /// Sends a request with `body`, which is JSON, and parses a successful response with `read`. If the response is
+    /// unusable, `read` returns the reason.
     pub async fn call<T>(
         &self,
         target: &Target,
-        body: Option<&impl Serialize>,
+        body: Option<&str>,
         read: impl FnOnce(&mut Response) -> Result<T, String>,
     ) -> Result<T, ApiError> {
         let sent = self.send(target, body).await;
@@ -186,11 +185,7 @@ impl Http {
     }
 
     /// The first half of [`Self::call`].
-    pub async fn send(
-        &self,
-        target: &Target,
-        body: Option<&impl Serialize>,
-    ) -> Result<Response, NoResponse> {
+    pub async fn send(&self, target: &Target, body: Option<&str>) -> Result<Response, NoResponse> {
         let limit = lock(&self.health).rate_limit;
         if let Some(RateLimit { until, .. }) =
             limit.filter(|limit| limit.is_in_force(Millis::now()))
@@ -204,18 +199,10 @@ impl Http {
                 too_large: false,
             });
         }
-        let body = body
-            .map(serde_json::to_vec)
-            .transpose()
-            .map_err(NoResponse::impossible)?;
         self.exchange(target, body).await
     }
 
-    async fn exchange(
-        &self,
-        target: &Target,
-        body: Option<Vec<u8>>,
-    ) -> Result<Response, NoResponse> {
+    async fn exchange(&self, target: &Target, body: Option<&str>) -> Result<Response, NoResponse> {
         let sent = Instant::now();
         let request = Request {
             method: target.route.method(),
@@ -258,7 +245,7 @@ impl Http {
     pub fn conclude<T>(
         &self,
         target: &Target,
-        body: Option<&impl Serialize>,
+        body: Option<&str>,
         sent: Result<Response, NoResponse>,
         read: impl FnOnce(&mut Response) -> Result<T, String>,
     ) -> Result<T, ApiError> {
@@ -316,7 +303,7 @@ impl Http {
     /// A success whose record is unusable. It counts as not found, for this one resource.
     pub fn unusable(&self, target: &Target, resource: Resource) -> ApiError {
         let reason = "the record is unusable";
-        let exchange = Exchange::new(target, None::<&()>, Err(reason), None);
+        let exchange = Exchange::new(target, None, Err(reason), None);
         ApiError {
             api: self.api,
             kind: ErrorKind::NotFound(resource),

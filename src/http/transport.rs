@@ -43,7 +43,7 @@ pub struct Request<'a> {
     pub at: Instant,
     pub token: Option<SecretString>,
     /// JSON.
-    pub body: Option<Vec<u8>>,
+    pub body: Option<&'a str>,
 }
 
 /// A complete response.
@@ -190,18 +190,17 @@ impl Network {
         response
     }
 
-    async fn exchange(&self, mut request: Request<'_>) -> Result<Response, NoResponse> {
+    async fn exchange(&self, request: Request<'_>) -> Result<Response, NoResponse> {
         let client = self.client(request.at);
         let is_read = request.method.is_safe();
-        let body = request.body.take();
         let sent_at = Instant::now();
-        let response = match client.execute(encode(&request, body)?).await {
+        let response = match client.execute(encode(&request)?).await {
             // After a 500, both servers close the connection without notice, so a pooled connection may be broken. A
             // read can be repeated; the outcome of a write is unknown.
             Err(error) if is_read && !error.is_timeout() && !error.is_connect() => {
                 self.suspect();
                 let client = self.client(request.at);
-                client.execute(encode(&request, None)?).await
+                client.execute(encode(&request)?).await
             }
             response => response,
         }
@@ -251,7 +250,7 @@ pub(crate) fn client(with_tls: bool, timeout: Duration) -> Result<Client, reqwes
         .build()
 }
 
-fn encode(request: &Request<'_>, body: Option<Vec<u8>>) -> Result<reqwest::Request, NoResponse> {
+fn encode(request: &Request<'_>) -> Result<reqwest::Request, NoResponse> {
     let mut encoded = reqwest::Request::new(request.method.clone(), Url::clone(request.url));
     let headers = encoded.headers_mut();
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
@@ -259,10 +258,10 @@ fn encode(request: &Request<'_>, body: Option<Vec<u8>>) -> Result<reqwest::Reque
         header::ACCEPT_ENCODING,
         HeaderValue::from_static("identity"),
     );
-    if let Some(body) = body {
+    if let Some(body) = request.body {
         let json = HeaderValue::from_static("application/json");
         encoded.headers_mut().insert(header::CONTENT_TYPE, json);
-        *encoded.body_mut() = Some(Body::from(body));
+        *encoded.body_mut() = Some(Body::from(body.to_owned()));
     }
     if let Some(token) = &request.token {
         let bearer = format!("Bearer {}", token.expose_secret());

@@ -394,7 +394,7 @@ fn answer(status: StatusCode, body: Vec<u8>) -> Response {
 impl Transport for OurApiWire {
     fn send<'a>(&'a self, request: Request<'a>) -> Sending<'a> {
         let Request { method, body, .. } = request;
-        let (url, body) = (request.url.clone(), body.unwrap_or_default());
+        let (url, body) = (request.url.clone(), Vec::from(body.unwrap_or_default()));
         let stage = self.0.clone();
         let kind = if method == Method::GET {
             Step::ReadOurApi

@@ -567,7 +567,7 @@ const HOUR_MS: i64 = 3_600_000;
 impl Transport for OurApiWire {
     fn send<'a>(&'a self, request: Request<'a>) -> Sending<'a> {
         let Request { method, body, .. } = request;
-        let (url, body) = (request.url.clone(), body.unwrap_or_default());
+        let (url, body) = (request.url.clone(), Vec::from(body.unwrap_or_default()));
         let stage = self.0.clone();
         Box::pin(async move {
             let (fate, latency) = {

@@ -161,7 +161,7 @@ impl OurApi {
 
     pub async fn description(&self) -> Result<Value> {
         let description = self.http.target(Route::Description, "", None);
-        self.send(&description, None::<&()>, json).await
+        self.send(&description, None, json).await
     }
 
     pub async fn chat(&self, external_id: &str) -> Result<Option<Chat>> {
@@ -190,12 +190,12 @@ impl OurApi {
 
     pub async fn agents(&self) -> Result<Vec<Agent>> {
         let agents = self.http.target(Route::Agents, "", None);
-        self.send(&agents, None::<&()>, json).await
+        self.send(&agents, None, json).await
     }
 
     pub async fn has_agent(&self, id: Uuid) -> Result<bool> {
         let agent = self.http.target(Route::Agent, &id.to_string(), None);
-        match self.send(&agent, None::<&()>, json::<Agent>).await {
+        match self.send(&agent, None, json::<Agent>).await {
             Ok(found) => Ok(found.agent_id == id),
             Err(error) if error.is_not_found() => Ok(false),
             Err(error) => Err(error),
@@ -216,7 +216,7 @@ impl OurApi {
                 false => Err("the response is about another chat".to_owned()),
             }
         };
-        self.send(&chats, Some(chat), created).await
+        self.write(&chats, chat, created).await
     }
 
     /// # Errors
@@ -232,22 +232,22 @@ impl OurApi {
         let agents = self.http.target(Route::CreateAgent, "", None);
         let agent = NewAgent { name, email };
         // OurAPI may normalise name and address, so the response is not compared with them.
-        self.send(&agents, Some(&agent), json).await
+        self.write(&agents, &agent, json).await
     }
 
     pub async fn change_chat(&self, chat: Uuid, change: &ChatChange) -> Result<()> {
         let chat = self.of_chat(Route::ChangeChat, chat);
-        self.send(&chat, Some(change), acknowledged).await
+        self.write(&chat, change, acknowledged).await
     }
 
     pub async fn add_message(&self, chat: Uuid, message: &NewMessage<'_>) -> Result<()> {
         let chat = self.of_chat(Route::AddMessage, chat);
-        self.send(&chat, Some(message), acknowledged).await
+        self.write(&chat, message, acknowledged).await
     }
 
     pub async fn messages(&self, chat: Uuid) -> Result<Vec<Message>> {
         let messages = self.of_chat(Route::Messages, chat);
-        self.send(&messages, None::<&()>, json).await
+        self.send(&messages, None, json).await
     }
 
     fn of_chat(&self, route: Route, chat: Uuid) -> Target {
@@ -268,13 +268,26 @@ impl OurApi {
             .append_pair(filter, value)
             .finish();
         let list = self.http.target(route, "", Some(&query));
-        self.send(&list, None::<&()>, json).await
+        self.send(&list, None, json).await
+    }
+
+    async fn write<T>(
+        &self,
+        target: &Target,
+        body: &impl Serialize,
+        read: impl FnOnce(&mut Response) -> std::result::Result<T, String>,
+    ) -> Result<T> {
+        let body = serde_json::to_string(body).map_err(|error| {
+            let reason = format!("cannot be sent: {error}");
+            ApiError::not_sent(Api::OurApi, ErrorKind::Rejected, reason)
+        })?;
+        self.send(target, Some(&body), read).await
     }
 
     async fn send<T>(
         &self,
         target: &Target,
-        body: Option<&impl Serialize>,
+        body: Option<&str>,
         read: impl FnOnce(&mut Response) -> std::result::Result<T, String>,
     ) -> Result<T> {
         let permit = self.permits.acquire().await;
