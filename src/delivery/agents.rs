@@ -9,7 +9,6 @@ use super::attempts::AttemptError;
 use crate::bigchat::{Source, details};
 use crate::domain::ids::{AdvisorId, Epoch, VerificationId};
 use crate::domain::time::Millis;
-use crate::http::route::Route;
 use crate::http::{ApiError, ErrorKind};
 use crate::journal::{Denial, Journal, JournalError, KnownAdvisor, KnownAgent, Session};
 use crate::mutex::lock;
@@ -250,7 +249,7 @@ impl Agents {
             if is_outage {
                 let kind = ErrorKind::OutcomeUnknown { timed_out: false };
                 let http = our_api.http();
-                return Err(http.reclassify(error, Route::CreateAgent, kind).into());
+                return Err(http.reclassify(error, kind).into());
             }
             // A single refusal proves nothing. If it is repeated, the reason may be a namesake that OurAPI does not list.
             error = self.refused(person, error).await?;

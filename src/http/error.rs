@@ -2,8 +2,9 @@
 
 use std::fmt;
 
+use super::Target;
 use super::api::Api;
-use super::exchange::{Cause, Exchange, request_head, response_head};
+use super::exchange::{Cause, Exchange};
 use super::route::Route;
 use super::transport::Response;
 use crate::domain::progress::Failure;
@@ -250,10 +251,19 @@ impl ApiError {
         if log::shows_message_text() {
             return self.failure();
         }
+        let Exchange {
+            target,
+            status,
+            response,
+            ..
+        } = &*self.exchange;
         Failure {
             reason: self.summary(),
-            request: request_head(&self.exchange.request).to_owned(),
-            response: response_head(&self.exchange.response).to_owned(),
+            request: target.as_ref().map(Target::head).unwrap_or_default(),
+            response: match status {
+                Some(status) => status.as_str().to_owned(),
+                None => response.clone(),
+            },
         }
     }
 
@@ -296,10 +306,12 @@ impl ApiError {
             ErrorKind::Ambiguous => format!(
                 "{api} already has an agent with this name or address, and its lists do not show which one"
             ),
-            ErrorKind::Rejected if self.exchange.is_read => {
-                format!("{api} does not accept the query")
-            }
-            ErrorKind::Rejected => "OurAPI permanently rejects it".to_owned(),
+            ErrorKind::Rejected => match &self.exchange.target {
+                Some(target) if target.route.is_read() => {
+                    format!("{api} does not accept the query")
+                }
+                _ => "OurAPI permanently rejects it".to_owned(),
+            },
         }
     }
 }

@@ -15,8 +15,10 @@ const MAX_RECORD: usize = 2_000;
 /// Maximum length of a detail in characters. Dead letters are grouped by their details.
 const MAX_DETAIL: usize = 200;
 
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default)]
 pub struct Exchange {
+    /// `None`: there was no request.
+    pub target: Option<Target>,
     /// Method, path, query and body.
     pub request: String,
     /// `None`: there was no response.
@@ -25,8 +27,6 @@ pub struct Exchange {
     pub response: String,
     /// The reason for a 4xx, from its body, on one line.
     pub detail: Option<String>,
-    /// Whether the request changes nothing.
-    pub is_read: bool,
     /// The fault of the response, if its status does not show it.
     pub cause: Option<Cause>,
 }
@@ -129,7 +129,7 @@ impl Exchange {
         cause: Option<Cause>,
     ) -> Self {
         let (method, path) = (target.route.method(), target.path());
-        let body = body.unwrap_or_default();
+        let request = format!("{method} {path} {}", body.unwrap_or_default());
         let detail = response
             .ok()
             .filter(|response| response.status.is_client_error())
@@ -144,29 +144,13 @@ impl Exchange {
             Err(reason) => reason.to_owned(),
         };
         Self {
-            is_read: method.is_safe(),
-            cause,
-            request: shortened(&format!("{method} {path} {body}")),
+            target: Some(target.clone()),
+            request: shortened(&request),
             status,
             response: shortened(&response),
             detail,
+            cause,
         }
-    }
-}
-
-/// The request of an [`Exchange`] without query and body, which contain messages, names and addresses.
-pub(super) fn request_head(request: &str) -> &str {
-    let path = request.find(' ').map_or(0, |space| space + 1);
-    let end = request[path..].find([' ', '?']);
-    end.map_or(request, |end| &request[..path + end])
-}
-
-/// The response of an [`Exchange`] without its body, which may repeat the request: the status, or why there was none.
-pub(super) fn response_head(response: &str) -> &str {
-    if response.starts_with(|c: char| c.is_ascii_digit()) {
-        response.split(' ').next().unwrap_or_default()
-    } else {
-        response
     }
 }
 
@@ -248,32 +232,6 @@ mod tests {
             ("", "another path"),
         ] {
             assert_eq!(location(value), shown, "{value}");
-        }
-    }
-
-    #[test]
-    fn heads_without_body_and_query() {
-        for (request, head) in [
-            (
-                "POST /chats/c1/messages {\"text\":\"secret\"}",
-                "POST /chats/c1/messages",
-            ),
-            ("GET /agents?email=ann%40x.test", "GET /agents"),
-            ("GET /agents?name=a b", "GET /agents"),
-            ("PATCH /chats/c1 {\"a\":\"x?y\"}", "PATCH /chats/c1"),
-            ("GET /chats", "GET /chats"),
-            ("", ""),
-        ] {
-            assert_eq!(request_head(request), head);
-        }
-        for (response, head) in [
-            ("422 {\"input\":\"secret\"}", "422"),
-            ("200 secret", "200"),
-            ("503", "503"),
-            ("no connection: refused", "no connection: refused"),
-            ("", ""),
-        ] {
-            assert_eq!(response_head(response), head);
         }
     }
 }

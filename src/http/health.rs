@@ -11,11 +11,11 @@ use std::time::Instant;
 use reqwest::StatusCode;
 use serde::Serialize;
 use tokio::sync::Notify;
-use url::{Position, Url};
+use url::Url;
 
 use super::breaker::{Breaker, Circuit};
 use super::error::{ApiError, ErrorKind, Sign};
-use super::exchange::{Cause, request_head};
+use super::exchange::Cause;
 use super::rate_limit::RateLimit;
 use super::route::Route;
 use super::{Api, Target};
@@ -208,13 +208,18 @@ impl Health {
         self.since = Some(Millis::now());
     }
 
-    pub(super) fn failed(&mut self, error: &ApiError, route: Route, base: &Url, policy: &Policy) {
+    pub(super) fn failed(&mut self, error: &ApiError, base: &Url, policy: &Policy) {
+        // Without a request, nothing is known about the API.
+        let Some(target) = &error.exchange.target else {
+            return;
+        };
+        let route = target.route;
         match error.kind.sign(route.is_read()) {
             Sign::Up => return self.succeeded(error.api, route),
             Sign::Neither => {
                 // The rate limit may hide that an older problem has ended.
                 if matches!(error.kind, ErrorKind::RateLimited { .. }) && self.problem.is_some() {
-                    self.set_problem(error, base);
+                    self.set_problem(error, target);
                 }
                 return;
             }
@@ -222,7 +227,7 @@ impl Health {
         }
         self.breaker
             .failed(route, Millis::now(), policy, rand::random());
-        self.set_problem(error, base);
+        self.set_problem(error, target);
         if !self.breaker.is_down() {
             return;
         }
@@ -233,16 +238,14 @@ impl Health {
         self.log(error, base);
     }
 
-    fn set_problem(&mut self, error: &ApiError, base: &Url) {
+    fn set_problem(&mut self, error: &ApiError, target: &Target) {
         self.changed.notify_one();
-        let request = request_head(&error.exchange.request);
-        let (method, path) = request.split_once(' ').unwrap_or((request, ""));
         let response = error.logged().response;
         let response: String = response.chars().take(MAX_RESPONSE).collect();
         self.problem = Some(format!(
-            "{}: {method} {}{path} → {response}",
+            "{}: {} → {response}",
             error.summary(),
-            &base[..Position::BeforePath]
+            target.name()
         ));
         self.lasts = error.lasts() && !matches!(error.kind, ErrorKind::RateLimited { .. });
     }

@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use reqwest::StatusCode;
-use url::Url;
+use url::{Position, Url};
 
 pub use self::api::Api;
 pub use self::breaker::Circuit;
@@ -83,13 +83,19 @@ impl Apis {
 impl Target {
     /// Path and query.
     fn path(&self) -> &str {
-        &self.url[url::Position::BeforePath..]
+        &self.url[Position::BeforePath..]
     }
 
     /// Method and URL, without the query, which may contain an e-mail address.
     fn name(&self) -> String {
         let Self { route, url } = self;
-        format!("{} {}", route.method(), &url[..url::Position::AfterPath])
+        format!("{} {}", route.method(), &url[..Position::AfterPath])
+    }
+
+    /// Method and path.
+    fn head(&self) -> String {
+        let path = &self.url[Position::BeforePath..Position::AfterPath];
+        format!("{} {path}", self.route.method())
     }
 }
 
@@ -295,7 +301,7 @@ impl Http {
             exchange: Box::new(exchange),
         };
         if !is_withheld {
-            self.failed(&error, route);
+            self.failed(&error);
         }
         Err(error)
     }
@@ -312,14 +318,14 @@ impl Http {
     }
 
     /// Reclassifies an error in the light of later responses, and records the API's health again.
-    pub fn reclassify(&self, error: ApiError, route: Route, kind: ErrorKind) -> ApiError {
+    pub fn reclassify(&self, error: ApiError, kind: ErrorKind) -> ApiError {
         let error = error.with_kind(kind);
-        self.failed(&error, route);
+        self.failed(&error);
         error
     }
 
-    fn failed(&self, error: &ApiError, route: Route) {
-        lock(&self.health).failed(error, route, &self.base, &self.policy);
+    fn failed(&self, error: &ApiError) {
+        lock(&self.health).failed(error, &self.base, &self.policy);
     }
 }
 
@@ -341,5 +347,37 @@ mod tests {
         let base = http("http://h/api/");
         let odd = base.target(Route::ChangeChat, "a/../b?", Some("x=1"));
         assert_eq!(odd.url.as_str(), "http://h/api/chats/a%2F..%2Fb%3F?x=1");
+    }
+
+    /// Queries and bodies contain messages, names and addresses, and a response may repeat them.
+    #[test]
+    fn secrets_are_not_logged() {
+        let http = http("http://h:1/api");
+        let agents = http.target(Route::Agents, "", Some("email=secret"));
+        let sent = Ok(Response {
+            status: StatusCode::UNPROCESSABLE_ENTITY,
+            date: None,
+            rate_limit: None,
+            location: None,
+            body: b"secret".to_vec(),
+        });
+        let concluded: Result<(), _> = http.conclude(&agents, Some("secret"), sent, |_| Ok(()));
+        let error = concluded.expect_err("a rejection");
+        assert_eq!(
+            error.failure().request,
+            "GET /api/agents?email=secret secret"
+        );
+        assert_eq!(error.failure().response, "422 secret");
+        assert_eq!(error.logged().request, "GET /api/agents");
+        assert_eq!(error.logged().response, "422");
+        let problem = http.status().problem.expect("a problem");
+        assert_eq!(
+            problem,
+            "OurAPI does not accept the query: GET http://h:1/api/agents → 422"
+        );
+        let unreachable = Err(NoResponse::unreachable("refused"));
+        let concluded: Result<(), _> = http.conclude(&agents, None, unreachable, |_| Ok(()));
+        let error = concluded.expect_err("no response");
+        assert_eq!(error.logged().response, "no connection: refused");
     }
 }

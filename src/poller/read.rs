@@ -11,7 +11,6 @@ use crate::bigchat::{Page, canonical_query, window_query};
 use crate::domain::ids::Epoch;
 use crate::domain::time::Timestamp;
 use crate::domain::window::Window;
-use crate::http::route::Route;
 use crate::http::{ApiError, Cause, ErrorKind};
 use crate::journal::{JournalError, NewPage, StoredPage, WindowProgress, keys};
 
@@ -114,7 +113,7 @@ impl Poller {
         if !is_later && matches!(error.kind, ErrorKind::NotFound(_)) {
             let http = self.source.http();
             let kind = ErrorKind::WrongService;
-            return Err(http.reclassify(error, Route::Events, kind).into());
+            return Err(http.reclassify(error, kind).into());
         }
         if is_outage(&error) {
             return Err(error.into());

@@ -6,7 +6,6 @@ use crate::delivery::attempts::AttemptError;
 use crate::domain::conversation::{Desired, Details, Fields, Pending};
 use crate::domain::progress::{Effect, Observation};
 use crate::domain::time::Timestamp;
-use crate::http::route::Route;
 use crate::http::{ErrorKind, Resource};
 use crate::our_api::{self, NewChat};
 
@@ -116,7 +115,7 @@ impl Reconciliation {
                 None => {
                     let http = our_api.http();
                     let kind = ErrorKind::WrongService;
-                    return Err(http.reclassify(error, Route::CreateChat, kind).into());
+                    return Err(http.reclassify(error, kind).into());
                 }
                 Some(found) if self.is_ours(&initial, &found) => {
                     let observed = &mut self.conversation.observed;
