@@ -78,11 +78,9 @@ impl Source {
     }
 
     /// Whether BigChat does not know a conversation or an advisor. A not-found response is believed only while BigChat
-    /// answers, and an unusable record, which has no status, proves nothing.
+    /// answers, and an unusable record proves nothing.
     pub(super) fn is_gone(&self, error: &ApiError) -> bool {
-        error.is_not_found()
-            && error.exchange.status.is_some()
-            && self.epochs.answers() == Some(true)
+        matches!(error.kind, ErrorKind::NotFound(_)) && self.epochs.answers() == Some(true)
     }
 
     /// Makes a request, at most `attempts` times in a row while it fails transiently.

@@ -22,7 +22,7 @@ use crate::bigchat::BigChat;
 use crate::console::guard;
 use crate::domain::time::Millis;
 use crate::http::route::Route;
-use crate::http::{self, Api, ApiError, ApiState, ApiStatus, ErrorKind, Http, Network, json};
+use crate::http::{self, Api, ApiError, ApiState, ApiStatus, Http, Network, json};
 use crate::journal::{OpenError, Store};
 use crate::our_api::{OurApi, lock_is_usable};
 use crate::settings::{Listen, Settings, TokenError, Tokens};
@@ -342,7 +342,7 @@ async fn ask(
     let answer = match bigchat.conversation(FIRST_CONVERSATION).await {
         Ok(_) => Ok("answers as expected"),
         // BigChat may no longer know the conversation. Another server would not know it either.
-        Err(error) if matches!(error.kind, ErrorKind::NotFound(_)) => {
+        Err(error) if error.is_not_found() => {
             Ok("answers; the first poll will show whether it is BigChat")
         }
         Err(error) => Err(error),

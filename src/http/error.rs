@@ -44,6 +44,8 @@ pub enum ErrorKind {
     WrongService,
     /// The API does not know the resource. In OurAPI, only a list proves that a resource is gone.
     NotFound(Resource),
+    /// A success whose record is unusable. It counts as not found, but proves nothing.
+    Unusable(Resource),
     /// The API denies an advisor, a conversation or an agent, but not yet often enough to be believed. Retry later.
     Denied,
     /// An equal resource exists, if the service is OurAPI at all.
@@ -124,6 +126,7 @@ impl ErrorKind {
             Self::RateLimited { .. }
             | Self::Withheld
             | Self::NotFound(_)
+            | Self::Unusable(_)
             | Self::Denied
             | Self::Conflict
             | Self::Ambiguous => Sign::Neither,
@@ -223,8 +226,9 @@ impl ApiError {
         }
     }
 
+    /// Whether the API does not know the resource, or has no usable record of it.
     pub fn is_not_found(&self) -> bool {
-        matches!(self.kind, ErrorKind::NotFound(_))
+        matches!(self.kind, ErrorKind::NotFound(_) | ErrorKind::Unusable(_))
     }
 
     pub fn with_kind(self, kind: ErrorKind) -> Self {
@@ -297,6 +301,9 @@ impl ApiError {
                 api.url_setting()
             ),
             ErrorKind::NotFound(resource) => format!("{api} does not know the {resource}"),
+            ErrorKind::Unusable(resource) => {
+                format!("{api} has no usable record of the {resource}")
+            }
             ErrorKind::Denied => {
                 format!(
                     "{api} denied the request; the request is repeated before the denial is believed"

@@ -306,13 +306,13 @@ impl Http {
         Err(error)
     }
 
-    /// A success whose record is unusable. It counts as not found, for this one resource.
+    /// The error for a success whose record is unusable.
     pub fn unusable(&self, target: &Target, resource: Resource) -> ApiError {
         let reason = "the record is unusable";
         let exchange = Exchange::new(target, None, Err(reason), None);
         ApiError {
             api: self.api,
-            kind: ErrorKind::NotFound(resource),
+            kind: ErrorKind::Unusable(resource),
             exchange: Box::new(exchange),
         }
     }
