@@ -7,6 +7,7 @@ use super::api::Api;
 use super::exchange::{Cause, Exchange};
 use super::route::Route;
 use super::transport::Response;
+use crate::domain::named::named;
 use crate::domain::progress::Failure;
 use crate::domain::time::Millis;
 use crate::telemetry::log;
@@ -56,25 +57,14 @@ pub enum ErrorKind {
     Rejected,
 }
 
-/// A resource that a request can name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Resource {
-    Events,
-    Conversation,
-    Advisor,
-    Chat,
-    Agent,
-}
-
-impl fmt::Display for Resource {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Events => "events",
-            Self::Conversation => "conversation",
-            Self::Advisor => "advisor",
-            Self::Chat => "chat",
-            Self::Agent => "agent",
-        })
+named! {
+    /// A resource that a request can name.
+    Resource {
+        Events = "events",
+        Conversation = "conversation",
+        Advisor = "advisor",
+        Chat = "chat",
+        Agent = "agent",
     }
 }
 

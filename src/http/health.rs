@@ -20,40 +20,24 @@ use super::rate_limit::RateLimit;
 use super::route::Route;
 use super::{Api, Target};
 use crate::domain::backoff::Policy;
+use crate::domain::named::named;
 use crate::domain::progress::Failure;
 use crate::domain::time::Millis;
 
 /// Maximum length in characters of the response that is stored with a problem.
 const MAX_RESPONSE: usize = 200;
 
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ApiState {
-    /// Neither a success nor an outage has been seen yet.
-    #[default]
-    Unknown,
-    Up,
-    /// It was up, and its latest requests failed, but too few for an outage.
-    Failing,
-    /// An outage. One from the last session counts until a request succeeds.
-    Down,
-}
-
-impl ApiState {
-    const ALL: [Self; 4] = [Self::Unknown, Self::Up, Self::Failing, Self::Down];
-
-    /// The name in the journal, the log and JSON.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Unknown => "unknown",
-            Self::Up => "up",
-            Self::Failing => "failing",
-            Self::Down => "down",
-        }
-    }
-
-    pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|state| state.name() == name)
+named! {
+    #[derive(Default)]
+    ApiState {
+        /// Neither a success nor an outage has been seen yet.
+        #[default]
+        Unknown = "unknown",
+        Up = "up",
+        /// It was up, and its latest requests failed, but too few for an outage.
+        Failing = "failing",
+        /// An outage. One from the last session counts until a request succeeds.
+        Down = "down",
     }
 }
 

@@ -2,59 +2,30 @@
 
 use reqwest::Method;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Route {
-    // BigChat:
-    Events,
-    Conversation,
-    Advisor,
-    // OurAPI:
-    Chats,
-    CreateChat,
-    ChangeChat,
-    Messages,
-    AddMessage,
-    Agents,
-    Agent,
-    CreateAgent,
-    // Both:
-    Description,
+use crate::domain::named::named;
+
+named! {
+    /// Named by method and path template.
+    Route {
+        // BigChat:
+        Events = "GET /events",
+        Conversation = "GET /conversations/{id}",
+        Advisor = "GET /advisors/{id}",
+        // OurAPI:
+        Chats = "GET /chats",
+        CreateChat = "POST /chats",
+        ChangeChat = "PATCH /chats/{id}",
+        Messages = "GET /chats/{id}/messages",
+        AddMessage = "POST /chats/{id}/messages",
+        Agents = "GET /agents",
+        Agent = "GET /agents/{id}",
+        CreateAgent = "POST /agents",
+        // Both:
+        Description = "GET /openapi.json",
+    }
 }
 
 impl Route {
-    const ALL: [Self; 12] = [
-        Self::Events,
-        Self::Conversation,
-        Self::Advisor,
-        Self::Chats,
-        Self::CreateChat,
-        Self::ChangeChat,
-        Self::Messages,
-        Self::AddMessage,
-        Self::Agents,
-        Self::Agent,
-        Self::CreateAgent,
-        Self::Description,
-    ];
-
-    /// Method and path template.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Events => "GET /events",
-            Self::Conversation => "GET /conversations/{id}",
-            Self::Advisor => "GET /advisors/{id}",
-            Self::Chats => "GET /chats",
-            Self::CreateChat => "POST /chats",
-            Self::ChangeChat => "PATCH /chats/{id}",
-            Self::Messages => "GET /chats/{id}/messages",
-            Self::AddMessage => "POST /chats/{id}/messages",
-            Self::Agents => "GET /agents",
-            Self::Agent => "GET /agents/{id}",
-            Self::CreateAgent => "POST /agents",
-            Self::Description => "GET /openapi.json",
-        }
-    }
-
     pub fn method(self) -> Method {
         match self {
             Self::CreateChat | Self::AddMessage | Self::CreateAgent => Method::POST,

@@ -3,7 +3,7 @@
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::{Result, Store};
-use crate::http::{Api, ApiState, ApiStatus, RateLimit};
+use crate::http::{Api, ApiStatus, RateLimit};
 
 impl Store {
     /// Stores the state of each API to which a request was made.
@@ -21,7 +21,7 @@ impl Store {
                 )?
                 .execute(params![
                     api.name(),
-                    status.state.name(),
+                    status.state,
                     status.since,
                     status.problem,
                     status.lasts,
@@ -56,10 +56,9 @@ pub(super) fn of(connection: &Connection, api: Api) -> Result<ApiStatus> {
              FROM api_status WHERE name = ?1",
         )?
         .query_row([api.name()], |row| {
-            let state: String = row.get(0)?;
             let limit = (row.get(4)?, row.get(5)?, row.get(6)?);
             Ok(ApiStatus {
-                state: ApiState::from_name(&state).unwrap_or_default(),
+                state: row.get(0)?,
                 since: row.get(1)?,
                 problem: row.get(2)?,
                 lasts: row.get(3)?,

@@ -21,6 +21,7 @@ use reqwest::StatusCode;
 
 pub use self::counts::Counts;
 use crate::domain::event::EventKind;
+use crate::domain::named::named;
 use crate::domain::progress::Outcome;
 use crate::http::route::Route;
 use crate::http::{Api, ErrorKind, RequestObserver};
@@ -82,33 +83,16 @@ struct RebuiltLabels {
     chat: &'static str,
 }
 
-/// The outcome of a poll.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Poll {
-    /// The window was read to its end.
-    Complete,
-    /// The next poll continues: there were too many pages, or one of them could not be read.
-    Incomplete,
-    /// BigChat sent no usable response.
-    BigChatFailed,
-    JournalFailed,
-}
-
-impl Poll {
-    const ALL: [Self; 4] = [
-        Self::Complete,
-        Self::Incomplete,
-        Self::BigChatFailed,
-        Self::JournalFailed,
-    ];
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Complete => "complete",
-            Self::Incomplete => "incomplete",
-            Self::BigChatFailed => "bigchat_failed",
-            Self::JournalFailed => "journal_failed",
-        }
+named! {
+    /// The outcome of a poll.
+    Poll {
+        /// The window was read to its end.
+        Complete = "complete",
+        /// The next poll continues: there were too many pages, or one of them could not be read.
+        Incomplete = "incomplete",
+        /// BigChat sent no usable response.
+        BigChatFailed = "bigchat_failed",
+        JournalFailed = "journal_failed",
     }
 }
 
