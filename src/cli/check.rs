@@ -364,7 +364,7 @@ async fn ask(
         }
     };
     if let Some(last_end) = last_end {
-        our_api.restore_timed_out(last_end.timed_out_until, last_end.clean);
+        our_api.restore_timed_out(last_end.in_flight_until(timeout, Millis::now()));
     }
     let description = our_api.description().await.ok();
     let claim = description.and_then(|description| self::claim(&description, "/chats"));

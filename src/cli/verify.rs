@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::table::{Row, counted, table};
 use super::{CommandError, json};
 use crate::daemon::{self, DaemonError};
+use crate::delivery::RunMode;
 use crate::domain::ids::VerificationId;
 use crate::domain::progress::FieldDifference;
 use crate::domain::time::Millis;
@@ -78,8 +79,12 @@ pub async fn run(
         }
     };
     let stop = stopping.child_token();
+    let mode = match repair {
+        true => RunMode::Requested,
+        false => RunMode::Verifications,
+    };
     let working = async {
-        let worked = work(settings, tokens, &stop, !repair).await;
+        let worked = work(settings, tokens, &stop, mode).await;
         // The work has ended, so there is nothing to watch.
         stop.cancel();
         worked
@@ -122,17 +127,10 @@ async fn work(
     settings: Settings,
     tokens: Tokens,
     stop: &CancellationToken,
-    verifications_only: bool,
+    mode: RunMode,
 ) -> Result<(), DaemonError> {
     while !stop.is_cancelled() {
-        match daemon::verify(
-            settings.clone(),
-            tokens.clone(),
-            stop.clone(),
-            verifications_only,
-        )
-        .await
-        {
+        match daemon::verify(settings.clone(), tokens.clone(), stop.clone(), mode).await {
             Err(DaemonError::Open(OpenError::InUse(_))) => {
                 tokio::select! {
                     () = stop.cancelled() => {}

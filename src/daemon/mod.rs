@@ -254,8 +254,8 @@ fn in_the_log() -> String {
     "the log has the reason".to_owned()
 }
 
-/// Verifies the chats for which this is requested and, unless `verifications_only`, delivers what is due, until
-/// `stopping` is cancelled. Does not poll.
+/// Verifies the chats for which this is requested and, if the mode says so, delivers what is due, until `stopping` is
+/// cancelled. Does not poll.
 ///
 /// # Errors
 ///
@@ -264,18 +264,11 @@ pub async fn verify(
     settings: Settings,
     tokens: Tokens,
     stopping: CancellationToken,
-    verifications_only: bool,
+    mode: RunMode,
 ) -> Result<(), DaemonError> {
     let parts = start(settings, tokens, stopping).await?;
-    let work = async {
-        let mode = if verifications_only {
-            RunMode::Verifications
-        } else {
-            RunMode::Requested
-        };
-        parts.delivery().run(mode).await;
-    };
-    health::record(&parts, alongside(changes::watch(&parts), Box::pin(work))).await;
+    let work = Box::pin(async { parts.delivery().run(mode).await });
+    health::record(&parts, alongside(changes::watch(&parts), work)).await;
     Ok(())
 }
 
@@ -389,7 +382,8 @@ pub(crate) async fn begin(
     );
     let our_api = OurApi::new(Arc::clone(&apis.our_api), &settings, stopping.clone());
     let last_end = session.last_end;
-    our_api.restore_timed_out(last_end.timed_out_until, last_end.clean);
+    let in_flight_until = last_end.in_flight_until(settings.request_timeout, Millis::now());
+    our_api.restore_timed_out(in_flight_until);
     our_api.set_pause(session.pause);
     let liveness = Liveness::new(settings.request_timeout, Instant::now());
     let parts = Parts {

@@ -41,6 +41,17 @@ pub struct LastEnd {
     pub timed_out_until: Millis,
 }
 
+impl LastEnd {
+    /// The time until which requests of earlier processes may still be in flight. An unclean end may have given up
+    /// requests without a record.
+    pub fn in_flight_until(self, request_timeout: Duration, now: Millis) -> Millis {
+        match self.clean {
+            true => self.timed_out_until,
+            false => now.plus(request_timeout),
+        }
+    }
+}
+
 /// The latest event that may have been delivered without a record in this journal: it arrived before the session, its
 /// window starts before the session, or delivered events of its window may have been dropped. Polling raises it, and
 /// delivery reads it.

@@ -132,13 +132,9 @@ impl OurApi {
             .record_timeout(u16::try_from(requests).unwrap_or(u16::MAX));
     }
 
-    /// Holds back requests while those of earlier processes may still be in flight: until `until` after a clean end, or
-    /// else for one request time-out.
-    pub fn restore_timed_out(&self, until: Millis, after_clean_end: bool) {
-        self.permits.restore(match after_clean_end {
-            true => until,
-            false => Millis::now().plus(self.permits.request_timeout()),
-        });
+    /// Holds back requests while those of earlier processes may still be in flight.
+    pub fn restore_timed_out(&self, until: Millis) {
+        self.permits.restore(until);
     }
 
     /// The total time for which requests have waited for the lock; `None`: there is no lock.

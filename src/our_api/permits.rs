@@ -91,10 +91,6 @@ impl Permits {
         self.hold_free(requests, self.request_timeout);
     }
 
-    pub(super) fn request_timeout(&self) -> Duration {
-        self.request_timeout
-    }
-
     /// Holds all permits, because an earlier session gave up an unknown number of requests.
     pub(super) fn restore(&self, until: Millis) {
         let left = until.since(Millis::now()).min(self.request_timeout);
