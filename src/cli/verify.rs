@@ -17,9 +17,7 @@ use crate::delivery::RunMode;
 use crate::domain::ids::VerificationId;
 use crate::domain::progress::FieldDifference;
 use crate::domain::time::Millis;
-use crate::journal::{
-    Difference, Journal, OpenError, STORAGE_PAUSE, Scope, Store, VerificationProgress,
-};
+use crate::journal::{Difference, Journal, OpenError, STORAGE_PAUSE, Store, VerificationProgress};
 use crate::settings::{Settings, Tokens, number};
 use crate::status;
 use crate::telemetry::rate::RateEstimate;
@@ -66,14 +64,14 @@ pub async fn run(
 ) -> Result<bool, CommandError> {
     let journal = Journal::start(Store::open_shared(&settings.db())?)?;
     let repair = args.repair;
-    let scope = args.conversation.map_or(Scope::All, Scope::Conversation);
+    let conversation = args.conversation;
     let requested = journal
-        .with(move |store| store.request_verification(scope, repair, Millis::now()))
+        .with(move |store| store.request_verification(conversation, repair, Millis::now()))
         .await?;
-    let verification = match (requested, scope) {
+    let verification = match (requested, conversation) {
         (Some(verification), _) => verification,
-        (None, Scope::Conversation(id)) => return Err(CommandError::NoSuchChat(id)),
-        (None, Scope::All) => {
+        (None, Some(id)) => return Err(CommandError::NoSuchChat(id)),
+        (None, None) => {
             report(&args, &terminal, &VerificationProgress::default(), &[]).await?;
             return Ok(true);
         }

@@ -64,7 +64,7 @@ pub use status::{
     DeliveryTimes, DifferingChat, Figures, Gap, Group, Oldest, Verification, WithoutAgent,
 };
 pub use storage::{Refusal, Storage};
-pub use verification::{Difference, Scope, VerificationProgress};
+pub use verification::{Difference, VerificationProgress};
 
 /// Why an operation failed.
 #[derive(Debug, Error)]

@@ -23,15 +23,6 @@ use crate::domain::time::Millis;
 /// When a request that was never withdrawn is dropped.
 const DROPPED_AFTER: Duration = Duration::from_secs(30 * 24 * 3600);
 
-/// Which conversations' chats to verify.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Scope {
-    /// All that have a chat and events.
-    All,
-    /// Those with this BigChat id, in any epoch.
-    Conversation(i64),
-}
-
 /// The progress of a verification.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct VerificationProgress {
@@ -96,11 +87,12 @@ impl Pass {
 }
 
 impl Store {
-    /// Requests that chats be verified, and also repaired if `repair` is true. Returns the request's id; `None`: there
-    /// are no such chats.
+    /// Requests that chats be verified, and also repaired if `repair` is true: those of the conversations with this
+    /// BigChat id, in any epoch, or else all that have events. Returns the request's id; `None`: there are no such
+    /// chats.
     pub fn request_verification(
         &mut self,
-        scope: Scope,
+        conversation: Option<i64>,
         repair: bool,
         now: Millis,
     ) -> Result<Option<VerificationId>> {
@@ -111,10 +103,6 @@ impl Store {
                 SELECT 1 FROM conversations WHERE verified_in < verifications.id)",
             [now.minus(DROPPED_AFTER)],
         )?;
-        let conversation = match scope {
-            Scope::All => None,
-            Scope::Conversation(id) => Some(id),
-        };
         let verification = transaction.query_row(
             "INSERT INTO verifications (idle, requested_at, conversation, repair, last_event)
              VALUES (0, ?1, ?2, ?3, (SELECT coalesce(max(id), 0) FROM events)) RETURNING id",

@@ -20,7 +20,7 @@ use super::world::World;
 use crate::daemon::{self, DaemonError};
 use crate::domain::time::Millis;
 use crate::http::{NoResponse, Request, Response, Sending, Transport};
-use crate::journal::{Executor, Journal, Operation, Scope, Store};
+use crate::journal::{Executor, Journal, Operation, Store};
 use crate::mutex::lock;
 use crate::settings::{Settings, Tokens};
 use crate::simulator::compare::{Report, Rules, compare, expected};
@@ -278,9 +278,7 @@ impl Stage {
             }
             Some(Strike::Restart) => inner.bigchat.restart(),
             Some(Strike::Verify) => {
-                let requested = inner
-                    .store
-                    .request_verification(Scope::All, true, Millis::now());
+                let requested = inner.store.request_verification(None, true, Millis::now());
                 requested.expect("a request to verify");
             }
             Some(Strike::Stop) => inner.stopping.cancel(),

@@ -15,7 +15,7 @@ use rusqlite::Connection;
 use uuid::Uuid;
 
 use super::{
-    ClaimRequest, Intervals, NewPage, Operator, Resolution, Scope, Selection, Store, WindowProgress,
+    ClaimRequest, Intervals, NewPage, Operator, Resolution, Selection, Store, WindowProgress,
 };
 use crate::domain::account::{Accounting, MessageKey, MessageState};
 use crate::domain::conversation::{Attempts, Pending};
@@ -773,8 +773,7 @@ impl Pair {
             }
             self.plain.requests.retain(|request| request.idle);
         }
-        let scope = conversation.map_or(Scope::All, Scope::Conversation);
-        let requested = self.store.request_verification(scope, repair, now);
+        let requested = self.store.request_verification(conversation, repair, now);
         let requested = requested.expect("a request");
         let mut chats = self.plain.conversations.iter();
         let is_any = chats.any(|(id, of)| {
