@@ -330,15 +330,20 @@ async fn ask(
     for (http, api) in [&bigchat, &our_api].into_iter().zip(Api::ALL) {
         let last = store.as_mut().map(|store| store.api(api));
         let last = last.and_then(Result::ok).unwrap_or_default();
-        if last.is_of(base(settings, api)) {
+        if last.is_of(http.base()) {
             http.recall(&last);
         }
     }
-    let description = bigchat.target(Route::Description, "", None);
-    let description = bigchat.call(&description, None, |answer| json(&answer.body));
+    ask_bigchat(report, bigchat).await;
+    ask_our_api(report, settings, our_api, store).await;
+}
+
+async fn ask_bigchat(report: &mut Report, http: Http) {
+    let description = http.target(Route::Description, "", None);
+    let description = http.call(&description, None, |answer| json(&answer.body));
     let description: Option<Value> = description.await.ok();
     let claim = description.and_then(|description| claim(&description, "/events"));
-    let bigchat = BigChat::new(Arc::new(bigchat));
+    let bigchat = BigChat::new(Arc::new(http));
     let answer = match bigchat.conversation(FIRST_CONVERSATION).await {
         Ok(_) => Ok("answers as expected"),
         // BigChat may no longer know the conversation. Another server would not know it either.
@@ -348,13 +353,21 @@ async fn ask(
         Err(error) => Err(error),
     };
     describe(report, Api::BigChat, bigchat.http(), claim, answer);
+}
+
+async fn ask_our_api(
+    report: &mut Report,
+    settings: &Settings,
+    http: Http,
+    mut store: Option<&mut Store>,
+) {
     let pause = store.as_mut().map(|store| store.pause());
     let pause = pause.and_then(Result::ok).flatten();
     if let Some(pause) = pause.filter(|pause| pause.left(Millis::now()).is_some()) {
         let text = format!("is not asked: deliveries are {pause}");
         return report.pass(Api::OurApi.title(), text);
     }
-    let our_api = OurApi::new(Arc::new(our_api), settings, CancellationToken::new());
+    let our_api = OurApi::new(Arc::new(http), settings, CancellationToken::new());
     let last_end = store.as_mut().map(|store| store.begin_requests());
     let last_end = match last_end.transpose() {
         Ok(last_end) => last_end,
@@ -364,10 +377,11 @@ async fn ask(
         }
     };
     if let Some(last_end) = last_end {
-        our_api.restore_timed_out(last_end.in_flight_until(timeout, Millis::now()));
+        let until = last_end.in_flight_until(settings.request_timeout, Millis::now());
+        our_api.restore_timed_out(until);
     }
     let description = our_api.description().await.ok();
-    let claim = description.and_then(|description| self::claim(&description, "/chats"));
+    let claim = description.and_then(|description| claim(&description, "/chats"));
     let answer = our_api.chat(NO_CHAT).await;
     let answer = answer.map(|_| "answers as expected");
     describe(report, Api::OurApi, our_api.http(), claim, answer);
