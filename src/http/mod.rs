@@ -196,14 +196,12 @@ impl Http {
         if let Some(RateLimit { until, .. }) =
             limit.filter(|limit| limit.is_in_force(Millis::now()))
         {
-            return Err(NoResponse {
-                kind: ErrorKind::RateLimited {
-                    until,
-                    outcome_unknown: false,
-                },
-                reason: format!("not sent: rate-limited until {until}"),
-                too_large: false,
-            });
+            let kind = ErrorKind::RateLimited {
+                until,
+                outcome_unknown: false,
+            };
+            let reason = format!("not sent: rate-limited until {until}");
+            return Err(NoResponse::new(kind, reason));
         }
         self.exchange(target, body).await
     }

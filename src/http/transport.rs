@@ -68,31 +68,28 @@ pub struct NoResponse {
 }
 
 impl NoResponse {
-    /// There was no connection, so the request was not sent.
-    pub fn unreachable(cause: impl fmt::Display) -> Self {
+    pub(super) fn new(kind: ErrorKind, reason: impl Into<String>) -> Self {
         Self {
-            kind: ErrorKind::Unreachable,
-            reason: format!("no connection: {cause}"),
+            kind,
+            reason: reason.into(),
             too_large: false,
         }
     }
 
+    /// There was no connection, so the request was not sent.
+    pub fn unreachable(cause: impl fmt::Display) -> Self {
+        Self::new(ErrorKind::Unreachable, format!("no connection: {cause}"))
+    }
+
     /// The request cannot be encoded, for instance because its URL is too long.
-    pub(super) fn impossible(cause: impl fmt::Display) -> Self {
-        Self {
-            kind: ErrorKind::Rejected,
-            reason: format!("cannot be sent: {cause}"),
-            too_large: false,
-        }
+    fn impossible(cause: impl fmt::Display) -> Self {
+        Self::new(ErrorKind::Rejected, format!("cannot be sent: {cause}"))
     }
 
     /// The request was sent; the response was lost, truncated or too large.
     pub fn lost(cause: impl fmt::Display) -> Self {
-        Self {
-            kind: ErrorKind::OutcomeUnknown { timed_out: false },
-            reason: format!("incomplete response: {cause}"),
-            too_large: false,
-        }
+        let kind = ErrorKind::OutcomeUnknown { timed_out: false };
+        Self::new(kind, format!("incomplete response: {cause}"))
     }
 
     fn too_large() -> Self {
@@ -103,11 +100,8 @@ impl NoResponse {
     }
 
     pub fn timed_out() -> Self {
-        Self {
-            kind: ErrorKind::OutcomeUnknown { timed_out: true },
-            reason: "no answer in time".to_owned(),
-            too_large: false,
-        }
+        let kind = ErrorKind::OutcomeUnknown { timed_out: true };
+        Self::new(kind, "no answer in time")
     }
 }
 
