@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use bigchat_sync::domain::progress::{
-    Due, Effect, Ended, EventOutcome, Observation, Outcome, Report, Verified, Work, advance,
+    Due, Effect, EventOutcome, Observation, Outcome, Report, Verified, Work, advance,
 };
 use bigchat_sync::domain::time::Millis;
 use bigchat_sync::journal::{ClaimRequest, Intervals, Store};
@@ -41,13 +41,13 @@ pub(crate) fn measure(scale: Scale) {
             max_wait: Duration::MAX,
         };
         let claimed = store.claim(&request, Millis::now()).expect("a claim");
-        let ended: Vec<Ended> = claimed.work.into_iter().map(done).collect();
-        if ended.is_empty() {
+        let reports: Vec<Report> = claimed.work.into_iter().map(done).collect();
+        if reports.is_empty() {
             break;
         }
-        delivered += i64::try_from(ended.len()).expect("few");
+        delivered += i64::try_from(reports.len()).expect("few");
         store
-            .commit(&ended, session.id, Millis::now())
+            .commit(&reports, session.id, Millis::now())
             .expect("it is committed");
     }
     let committed = began.elapsed();
@@ -63,13 +63,13 @@ pub(crate) fn measure(scale: Scale) {
     );
 }
 
-fn done(work: Work) -> Ended {
+fn done(work: Work) -> Report {
     let outcomes: Vec<EventOutcome> = work
         .events
         .iter()
         .map(|event| EventOutcome::of(event, Outcome::Delivered(Effect::MessageAdded)))
         .collect();
-    Ended::Report(Box::new(Report {
+    Report {
         advance: advance(&work.claim, &work.events, &outcomes),
         conversation: work.conversation,
         claim: work.claim,
@@ -82,5 +82,5 @@ fn done(work: Work) -> Ended {
         verified: Verified::NotAsked,
         drift: None,
         missing: None,
-    }))
+    }
 }

@@ -71,7 +71,11 @@ impl AttemptError {
 
     /// Whether OurAPI may still carry out the request.
     pub(super) fn is_timeout(&self) -> bool {
-        matches!(self, Self::Write(error) if error.kind.timed_out())
+        match self {
+            Self::Write(error) => error.kind.timed_out(),
+            Self::Panicked => true,
+            _ => false,
+        }
     }
 
     /// Whether a request failed.
@@ -425,6 +429,7 @@ mod tests {
         assert_eq!(wait(write(UNKNOWN), 1, 0.0), 500);
         assert_eq!(wait(write(TIMED_OUT), 1, 0.0), 30_000);
         assert_eq!(wait(write(TIMED_OUT), 9, 1.0), 256_000);
+        assert_eq!(wait(AttemptError::Panicked, 1, 0.0), 30_000);
         assert_eq!(wait(read(Api::BigChat, ErrorKind::Denied), 1, 1.0), 10_000);
     }
 }

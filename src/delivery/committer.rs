@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Delivery;
 use crate::domain::ids::ConversationId;
-use crate::domain::progress::Ended;
+use crate::domain::progress::Report;
 use crate::domain::time::Millis;
 use crate::journal::{Journal, JournalError, STORAGE_PAUSE, Storage};
 
@@ -54,7 +54,7 @@ impl Committer {
     /// is retried.
     pub(super) async fn run(
         &self,
-        mut reported: Receiver<Ended>,
+        mut reported: Receiver<Report>,
         release: UnboundedSender<Released>,
     ) {
         let mut batch = Vec::new();
@@ -71,13 +71,15 @@ impl Committer {
 
     /// Commits a batch, if possible in one transaction. If one report is at fault, it is found by bisection, and the
     /// others are committed.
-    async fn commit(&self, batch: Arc<Vec<Ended>>) -> Released {
+    async fn commit(&self, batch: Arc<Vec<Report>>) -> Released {
         let mut released = Released::default();
         let mut rows = 0..batch.len();
         while !rows.is_empty() {
             match self.try_commit(Arc::clone(&batch), rows.clone()).await {
                 Ok(()) => {
-                    let committed = batch[rows.clone()].iter().map(Ended::conversation);
+                    let committed = batch[rows.clone()]
+                        .iter()
+                        .map(|report| report.conversation.id);
                     released.committed.extend(committed);
                 }
                 Err(error) if error.is_transient() => {
@@ -91,7 +93,7 @@ impl Committer {
                 Err(error) => {
                     released.set_aside += 1;
                     tracing::error!(
-                        row = batch[rows.start].conversation().0, reason = %error,
+                        row = batch[rows.start].conversation.id.0, reason = %error,
                         "a delivery could not be committed; the conversation is set aside until the next start"
                     );
                 }
@@ -108,7 +110,7 @@ impl Committer {
 
     async fn try_commit(
         &self,
-        batch: Arc<Vec<Ended>>,
+        batch: Arc<Vec<Report>>,
         rows: std::ops::Range<usize>,
     ) -> Result<(), JournalError> {
         let session = self.session;

@@ -9,7 +9,7 @@ use super::reconcile::{Reconciliation, Step, Stopped};
 use crate::domain::conversation::{Attempts, Conversation, Pending};
 use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::progress::{
-    Advance, Claim, Due, Effect, EventOutcome, Failure, Lost, Observation, Outcome, Report,
+    Advance, Claim, Due, Effect, EventOutcome, Failure, Observation, Outcome, Report,
     VerificationResult, Verified, advance,
 };
 use crate::domain::time::Millis;
@@ -213,25 +213,6 @@ impl Reporter {
         })
     }
 
-    /// A panic of the worker counts as an attempt of its first event.
-    pub(super) fn panicked(&self, conversation: ConversationId, first: Option<&Pending>) -> Lost {
-        let now = Millis::now();
-        let mut lost = Lost {
-            conversation,
-            outcome: None,
-            due_at: now.plus(self.delivery.settings.retry_initial),
-        };
-        if let Some(event) = first {
-            let error = AttemptError::Panicked;
-            let outcome = self.outcome(conversation, event, &error, now);
-            if let Outcome::Retry { next_at, .. } = &outcome {
-                lost.due_at = lost.due_at.max(*next_at);
-            }
-            lost.outcome = Some(EventOutcome::of(event, outcome));
-        }
-        lost
-    }
-
     /// The outcome of an event after a failed attempt, which is also logged.
     fn failed(
         &self,
@@ -338,7 +319,7 @@ impl Reporter {
         (*failed, now.plus(wait))
     }
 
-    /// Whether the error follows from an outage or a loss, which is logged once.
+    /// Whether the cause is logged already: an outage or a loss is logged once.
     fn is_logged_otherwise(&self, error: &AttemptError) -> bool {
         match error {
             AttemptError::Read(error) | AttemptError::Write(error) => {
@@ -348,8 +329,8 @@ impl Reporter {
                     Api::OurApi => delivery.our_api.http().is_failing(),
                 }
             }
-            AttemptError::DataLost(_) => true,
-            AttemptError::Journal(_) | AttemptError::Panicked => false,
+            AttemptError::DataLost(_) | AttemptError::Panicked => true,
+            AttemptError::Journal(_) => false,
         }
     }
 }

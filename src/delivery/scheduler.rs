@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
-use tokio::task::{self, JoinError, JoinSet};
+use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
 
@@ -17,9 +17,8 @@ use super::RunMode;
 use super::committer::{MAX_CLAIMED, Released};
 use super::reconcile::{Reconciliation, reconcile};
 use super::report::Reporter;
-use crate::domain::conversation::Pending;
 use crate::domain::ids::ConversationId;
-use crate::domain::progress::{Ended, IdlePass, Work};
+use crate::domain::progress::{IdlePass, Report, Work};
 use crate::domain::time::Millis;
 use crate::http::{Circuit, RETRY_AFTER_MAX};
 use crate::journal::{ClaimRequest, Claimed, JournalError, STORAGE_PAUSE};
@@ -45,13 +44,8 @@ type Fetched = Result<Claimed, JournalError>;
 
 type Fetch = Pin<Box<dyn Future<Output = Fetched> + Send>>;
 
-/// What one Tokio task is working on.
-struct AtWork {
-    conversation: ConversationId,
-    events: Arc<[Pending]>,
-    /// When a verification in idle time began.
-    pass_since: Option<Instant>,
-}
+/// Work that has ended, and the time when it began if it was a verification in idle time.
+type Done = (Option<Instant>, Reconciliation);
 
 /// The pass that verifies all chats in idle time, one at a time.
 struct Pass {
@@ -81,13 +75,12 @@ pub(super) struct Scheduler {
     ready: VecDeque<(Instant, Work)>,
     /// Claimed: ready, in progress, or reported and not committed yet.
     claimed: HashSet<ConversationId>,
-    at_work: JoinSet<Reconciliation>,
-    tasks: HashMap<task::Id, AtWork>,
+    at_work: JoinSet<Done>,
     /// How many conversations stay claimed until the next start, because their reports cannot be committed.
     set_aside: usize,
     /// Conversations of which a write timed out, and the time until which the write may be carried out.
     timed_out: HashMap<ConversationId, Instant>,
-    reports: mpsc::Sender<Ended>,
+    reports: mpsc::Sender<Report>,
     released: mpsc::UnboundedReceiver<Released>,
     fetch: Option<Fetch>,
     /// Whether there may be a due conversation that is not claimed.
@@ -103,7 +96,7 @@ impl Scheduler {
     pub(super) fn new(
         delivery: Arc<Delivery>,
         mode: RunMode,
-        reports: mpsc::Sender<Ended>,
+        reports: mpsc::Sender<Report>,
         released: mpsc::UnboundedReceiver<Released>,
     ) -> Self {
         let pass = delivery.settings.idle_pass();
@@ -114,7 +107,6 @@ impl Scheduler {
             ready: VecDeque::new(),
             claimed: HashSet::new(),
             at_work: JoinSet::new(),
-            tasks: HashMap::new(),
             set_aside: 0,
             timed_out: HashMap::new(),
             reports,
@@ -147,7 +139,7 @@ impl Scheduler {
             tokio::select! {
                 // A fixed order makes a simulation reproducible.
                 biased;
-                Some(done) = self.at_work.join_next_with_id() => self.finished(done),
+                Some(done) = self.at_work.join_next() => self.finished(done),
                 Some(released) = self.released.recv() => self.release(released),
                 fetched = fetched(&mut self.fetch) => self.fetched(fetched),
                 () = delivery.work_available.notified() => self.may_be_due = true,
@@ -157,7 +149,7 @@ impl Scheduler {
                 }
                 () = delivery.stopping.cancelled() => {}
             }
-            while let Some(done) = self.at_work.try_join_next_with_id() {
+            while let Some(done) = self.at_work.try_join_next() {
                 self.finished(done);
             }
             self.delivery.liveness.delivering.beat(QUERY_EVERY);
@@ -267,21 +259,16 @@ impl Scheduler {
         {
             let delivery = Arc::clone(&self.delivery);
             let is_idle = work.verify.is_some_and(|verify| verify.is_idle);
-            let at_work = AtWork {
-                conversation: work.conversation.id,
-                events: Arc::clone(&work.events),
-                pass_since: is_idle.then(Instant::now),
-            };
+            let pass_since = is_idle.then(Instant::now);
             let give_way = CancellationToken::new();
             if is_idle {
                 self.pass.give_way = give_way.clone();
             }
-            let task = self.at_work.spawn(async move {
+            self.at_work.spawn(async move {
                 let liveness = Arc::clone(&delivery.liveness);
                 let work = reconcile(delivery, work, &give_way);
-                liveness.handling.supervise_one(work).await
+                (pass_since, liveness.handling.supervise_one(work).await)
             });
-            self.tasks.insert(task.id(), at_work);
         }
         if !self.ready.is_empty() {
             self.pass.give_way.cancel();
@@ -397,35 +384,25 @@ impl Scheduler {
         self.may_be_due = true;
     }
 
-    fn finished(&mut self, done: Result<(task::Id, Reconciliation), JoinError>) {
-        let task = match &done {
-            Ok((task, _)) => *task,
-            Err(error) => error.id(),
+    fn finished(&mut self, done: Result<Done, JoinError>) {
+        let (pass_since, reconciliation) = match done {
+            Ok(done) => done,
+            Err(error) => {
+                // A panic of a handler does not end its task, so this is not expected.
+                tracing::error!(reason = %error, "a delivery ended without a report; its conversation is set aside until the next start");
+                self.set_aside += 1;
+                return;
+            }
         };
-        let at_work = self.tasks.remove(&task);
-        if let Some(began) = at_work.as_ref().and_then(|at_work| at_work.pass_since) {
+        if let Some(began) = pass_since {
             self.pass.ended(began);
         }
-        let ended = match done {
-            Ok((_, reconciliation)) => {
-                if reconciliation.is_timeout() {
-                    self.hold(reconciliation.conversation.id);
-                }
-                Ended::Report(Box::new(self.reporter.report(reconciliation)))
-            }
-            Err(error) => {
-                tracing::error!(reason = %error, "handler panicked; its last request will be verified before a retry");
-                self.delivery.metrics.panicked();
-                let Some(at_work) = at_work else {
-                    return;
-                };
-                let first = at_work.events.first();
-                let lost = self.reporter.panicked(at_work.conversation, first);
-                Ended::Lost(lost)
-            }
-        };
+        if reconciliation.is_timeout() {
+            self.hold(reconciliation.conversation.id);
+        }
+        let report = self.reporter.report(reconciliation);
         // The channel has room for the reports of all claimed conversations.
-        if self.reports.try_send(ended).is_err() {
+        if self.reports.try_send(report).is_err() {
             tracing::error!(
                 "a report could not be committed; its conversation will be read back at the next start"
             );
@@ -435,7 +412,7 @@ impl Scheduler {
     /// Waits until `deadline` for the work in progress. Returns whether all of it ended.
     pub(super) async fn drain(mut self, deadline: Instant) -> bool {
         while !self.at_work.is_empty() {
-            match timeout_at(deadline, self.at_work.join_next_with_id()).await {
+            match timeout_at(deadline, self.at_work.join_next()).await {
                 Ok(Some(done)) => self.finished(done),
                 Ok(None) => break,
                 Err(_) => {

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::account::{Accounting, MessageKey};
 use super::conversation::{Attempts, Conversation, FieldSet, Pending};
-use super::ids::{ConversationId, EventId, VerificationId};
+use super::ids::{EventId, VerificationId};
 use super::named::named;
 use crate::domain::event::EventKind;
 use crate::domain::time::Millis;
@@ -17,7 +17,7 @@ use crate::domain::time::Millis;
 #[derive(Debug, Clone)]
 pub struct Work {
     pub conversation: Conversation,
-    /// In order of arrival, redeliveries first. Shared with the scheduler, which needs them if the worker panics.
+    /// In order of arrival, redeliveries first.
     pub events: Arc<[Pending]>,
     pub claim: Claim,
     /// `Some`: the chat is only to be verified.
@@ -322,22 +322,6 @@ impl Observation {
     }
 }
 
-/// How a claim ended, to be committed.
-#[derive(Debug, Clone)]
-pub enum Ended {
-    Report(Box<Report>),
-    Lost(Lost),
-}
-
-impl Ended {
-    pub fn conversation(&self) -> ConversationId {
-        match self {
-            Self::Report(report) => report.conversation.id,
-            Self::Lost(lost) => lost.conversation,
-        }
-    }
-}
-
 /// The result of a claim.
 #[derive(Debug, Clone)]
 pub struct Report {
@@ -404,15 +388,6 @@ pub struct Delivered {
     pub received_at: Millis,
     /// They were delivered before, to a chat that has lost them.
     pub restored: bool,
-}
-
-/// The result of a claim whose worker panicked. The outcome of its last request is unknown.
-#[derive(Debug, Clone)]
-pub struct Lost {
-    pub conversation: ConversationId,
-    /// The outcome of the claim's first event.
-    pub outcome: Option<EventOutcome>,
-    pub due_at: Millis,
 }
 
 /// Moves the offset to the end of the claim, or to just before the first event that still waits. A change delivered

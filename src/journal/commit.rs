@@ -12,9 +12,7 @@ use super::{Result, Store, limit, present};
 use crate::domain::account::{Accounting, MessageKey};
 use crate::domain::conversation::{Attempts, Conversation};
 use crate::domain::ids::{ConversationId, EventId};
-use crate::domain::progress::{
-    Due, Ended, EventOutcome, Failure, Lost, Observation, Outcome, Report, Verified,
-};
+use crate::domain::progress::{Due, EventOutcome, Failure, Observation, Outcome, Report, Verified};
 use crate::domain::time::Millis;
 
 /// How many of the latest failures are stored for each event.
@@ -42,23 +40,17 @@ macro_rules! waiting_since {
 
 impl Store {
     /// Commits the results of claims.
-    pub fn commit(&mut self, ended: &[Ended], session: i64, now: Millis) -> Result<()> {
+    pub fn commit(&mut self, reports: &[Report], session: i64, now: Millis) -> Result<()> {
         let transaction = self.begin()?;
         let mut counts = Counts::default();
-        let mut writes_succeeded = 0;
-        for ended in ended {
-            match ended {
-                Ended::Report(report) => {
-                    commit(&transaction, report, session, &mut counts, now)?;
-                    writes_succeeded = report.writes_succeeded.max(writes_succeeded);
-                }
-                Ended::Lost(lost) => commit_lost(&transaction, lost, &mut counts, now)?,
-            }
+        for report in reports {
+            commit(&transaction, report, session, &mut counts, now)?;
         }
+        let writes_succeeded = reports.iter().map(|report| report.writes_succeeded).max();
         counts.store(&transaction, now)?;
         transaction
             .prepare_cached("UPDATE control SET writes_succeeded = max(writes_succeeded, ?1)")?
-            .execute([writes_succeeded])?;
+            .execute([writes_succeeded.unwrap_or_default()])?;
         Ok(transaction.commit()?)
     }
 }
@@ -138,45 +130,6 @@ fn commit(
         record_finding(transaction, id, &report.claim, found)?;
     }
     Ok(())
-}
-
-/// Commits the loss of a claim whose worker ended without a report. The chat is read back before anything is sent
-/// again.
-fn commit_lost(
-    transaction: &Transaction<'_>,
-    lost: &Lost,
-    counts: &mut Counts,
-    now: Millis,
-) -> Result<()> {
-    let mut settled = 0;
-    if let Some(outcome) = &lost.outcome {
-        commit_outcome(
-            transaction,
-            lost.conversation,
-            EventId(0),
-            outcome,
-            counts,
-            now,
-        )?;
-        settled = i64::from(matches!(outcome.outcome, Outcome::DeadLetter { .. }));
-    }
-    let is_forgotten: Option<bool> = transaction
-        .prepare_cached(concat!(
-            "UPDATE conversations SET stale_seq = stale_seq + 1, due_at = ?2, waiting = max(waiting - ?3, 0),
-                waiting_since = iif(waiting > ?3, (",
-            waiting_since!("conversations.offset"),
-            "), NULL)
-             WHERE id = ?1 RETURNING forgotten_at IS NOT NULL"
-        ))?
-        .query_row(
-            params![lost.conversation, lost.due_at, settled],
-            |row| row.get(0),
-        )
-        .optional()?;
-    match is_forgotten {
-        Some(true) => erase(transaction, lost.conversation, now),
-        _ => Ok(()),
-    }
 }
 
 /// Writes the conversation's new state. It is one statement, because most commits change nothing else. Returns whether

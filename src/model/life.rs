@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::future::pending;
+use std::panic::resume_unwind;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -64,6 +65,8 @@ pub(super) enum Strike {
     Failed,
     /// The request is carried out, and the response is lost.
     Lost,
+    /// The request is carried out, and then its sender panics.
+    Panicked,
     /// The request is carried out, and the response arrives when everything else is at rest.
     LateResponse,
     /// The request is carried out when everything else is at rest.
@@ -422,6 +425,8 @@ impl Transport for OurApiWire {
             let reply = stage.carry_out(number, &method, &url, &body);
             match strike {
                 Some(Strike::Lost) => return Err(NoResponse::lost("lost")),
+                // This does not print the panic.
+                Some(Strike::Panicked) => resume_unwind(Box::new("panicked")),
                 Some(Strike::LateResponse) => sleep(WAIT).await,
                 _ => {}
             }

@@ -167,6 +167,7 @@ impl Case {
             }
             Strike::Verify => step == Step::BigChat && count(strike) == 0,
             Strike::Wait => step != Step::ReadJournal,
+            Strike::Panicked => matches!(step, Step::ReadOurApi | Step::WriteOurApi),
             Strike::Wipe => {
                 matches!(step, Step::ReadOurApi | Step::WriteOurApi)
                     && state.world.wipes + count(strike) == 0
@@ -385,6 +386,61 @@ fn changes_of_a_chat_among_messages() {
     ];
     let script = script([epoch(&[(0, 1), (3, 2)], [page(first), page(second)])]);
     Case::new(script, depth(2), &[Strike::Failed, Strike::Lost]).check("changes");
+}
+
+/// A handler panics after the second of three messages was carried out: the first one stays delivered, the outcome of
+/// the second one is unknown, and the chat is read back once.
+#[test]
+fn handler_panics_between_messages() {
+    let reported = [
+        start(2, 3),
+        message(2, 4, "one"),
+        message(2, 4, "two"),
+        message(2, 5, "three"),
+    ];
+    let script = script([epoch(&[(0, 1), (3, 2)], [page(reported)])]);
+    let case = Case::new(script, 1, &[]);
+    let requests = |life: &Life, method| -> Vec<usize> {
+        let steps = life.steps.iter().enumerate();
+        let of_messages =
+            steps.filter(|(_, (_, what))| what.starts_with(method) && what.contains("/messages"));
+        of_messages.map(|(at, _)| at).collect()
+    };
+    let mut state = case.init_states().remove(0);
+    let sent = requests(&case.life(&state), "POST");
+    state.fate = vec![(sent[1], Strike::Panicked)];
+    let life = case.life(&state);
+    assert!(life.wrong.is_empty(), "{:?}", life.wrong);
+    assert_eq!(
+        requests(&life, "POST").len(),
+        sent.len(),
+        "none is repeated"
+    );
+    assert_eq!(requests(&life, "GET").len(), 1, "the chat is read back");
+    let mut deaths = life.deaths.iter();
+    let committed = deaths.find(|(step, _)| life.steps[*step].0 == Step::WriteJournal);
+    let (_, committed) = committed.expect("a commit");
+    let states: String = committed
+        .store()
+        .connection()
+        .query_row(
+            "SELECT group_concat(state || iif(outcome_unknown, ' in doubt', ''), ', ' ORDER BY s.id)
+             FROM event_states s LEFT JOIN attempts a ON a.event = s.id",
+            [],
+            |row| row.get(0),
+        )
+        .expect("the states");
+    assert_eq!(states, "delivered, delivered, waiting in doubt, waiting");
+}
+
+/// A handler panics at any request to OurAPI, of a new chat and of one that is read back.
+#[test]
+fn handler_panics() {
+    let first = [start(2, 3), message(2, 4, "one"), message(2, 4, "one")];
+    let second = [transfer(2, 4, 4), message(2, 7, "two"), end(2, 8)];
+    let script = script([epoch(&[(0, 1), (3, 2)], [page(first), page(second)])]);
+    let strikes = &[Strike::Panicked, Strike::Lost];
+    Case::new(script, depth(2), strikes).check("panics");
 }
 
 #[test]

@@ -8,8 +8,10 @@ mod create;
 mod read_back;
 mod verify;
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
+use futures_util::FutureExt;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -85,7 +87,7 @@ impl Stopped {
 }
 
 /// Delivers the events of a conversation until they are done, one fails, or the daemon is to stop. A verification ends
-/// before its next request once `give_way` is cancelled.
+/// before its next request once `give_way` is cancelled. A panic is a failure.
 pub(super) async fn reconcile(
     delivery: Arc<Delivery>,
     work: Work,
@@ -111,15 +113,36 @@ pub(super) async fn reconcile(
         drift: None,
         missing: None,
     };
-    let ended = match verify {
-        Some(verify) => Box::pin(reconciliation.verify(verify, give_way)).await,
-        None => reconciliation.deliver().await,
+    let work = async {
+        match verify {
+            Some(verify) => Box::pin(reconciliation.verify(verify, give_way)).await,
+            None => reconciliation.deliver().await,
+        }
     };
-    reconciliation.stopped = ended.err();
+    // Each step is recorded once it is done, so what is recorded counts even after a panic.
+    reconciliation.stopped = match AssertUnwindSafe(work).catch_unwind().await {
+        Ok(ended) => ended.err(),
+        Err(_) => Some(reconciliation.panicked()),
+    };
     reconciliation
 }
 
 impl Reconciliation {
+    /// Handles a panic as a failure of the first event that is not done. Changes of the chat precede messages.
+    fn panicked(&self) -> Stopped {
+        let is_done = |event: &&Pending| self.done.iter().any(|(id, _)| *id == event.id);
+        let left = self.events.iter().filter(|event| !is_done(event));
+        let first = left.min_by_key(|event| event.payload.kind().is_message());
+        let at = first.map(|event| event.id);
+        tracing::error!(
+            conversation = self.conversation.bigchat_id,
+            event = at.map(|at| at.0),
+            "handler panicked; its last request will be verified before a retry"
+        );
+        self.delivery.metrics.panicked();
+        Stopped::at(at, AttemptError::Panicked)
+    }
+
     async fn deliver(&mut self) -> Result<(), Stopped> {
         if self.is_stale() {
             return Box::pin(self.read_back()).await;

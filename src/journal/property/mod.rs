@@ -22,8 +22,8 @@ use crate::domain::conversation::{Attempts, Pending};
 use crate::domain::dedupe::Counts;
 use crate::domain::ids::{AdvisorId, ConversationId, Epoch, EventId};
 use crate::domain::progress::{
-    Due, Effect, Ended, EventOutcome, Failure, IdlePass, Lost, Missing, Observation, Outcome,
-    Report, VerificationResult, Verified, VerifyMode, Work, advance,
+    Due, Effect, EventOutcome, Failure, IdlePass, Missing, Observation, Outcome, Report,
+    VerificationResult, Verified, VerifyMode, Work, advance,
 };
 use crate::domain::time::{Millis, Timestamp};
 use crate::domain::window::Window;
@@ -95,8 +95,6 @@ enum Step {
     Probe,
     /// A worker finishes one of the claims. Its report is not committed yet.
     Report(prop::sample::Index, Script),
-    /// The worker of one of the claims has panicked, which counts as an attempt of its first event.
-    Lose(prop::sample::Index, Fate),
     /// One of the claims is released without work.
     Release(prop::sample::Index),
     /// The next reports are committed together.
@@ -184,7 +182,7 @@ struct Pair {
     store: Store,
     plain: Plain,
     work: Vec<Work>,
-    ended: Vec<Ended>,
+    reports: Vec<Report>,
     session: i64,
     replay_until: i64,
     writes: i64,
@@ -208,7 +206,7 @@ impl Pair {
             store,
             plain,
             work: Vec::new(),
-            ended: Vec::new(),
+            reports: Vec::new(),
             session: 0,
             replay_until: 0,
             writes: 0,
@@ -229,19 +227,7 @@ impl Pair {
             Step::Report(which, script) => {
                 if let Some(work) = self.take_work(which) {
                     let report = self.report(work, &script);
-                    self.ended.push(Ended::Report(Box::new(report)));
-                }
-            }
-            Step::Lose(which, fate) => {
-                if let Some(work) = self.take_work(which) {
-                    let first = work.events.first();
-                    let outcome =
-                        first.map(|event| EventOutcome::of(event, self.outcome(event, fate)));
-                    self.ended.push(Ended::Lost(Lost {
-                        conversation: work.conversation.id,
-                        outcome,
-                        due_at: Millis(self.plain.now + PAUSE),
-                    }));
+                    self.reports.push(report);
                 }
             }
             Step::Release(which) => {
@@ -255,7 +241,7 @@ impl Pair {
                 self.claim(&self.request(3, false));
                 for work in std::mem::take(&mut self.work) {
                     let report = self.report(work, &script);
-                    self.ended.push(Ended::Report(Box::new(report)));
+                    self.reports.push(report);
                 }
                 meanwhile.into_iter().for_each(|step| self.step(step));
                 self.commit(usize::MAX);
@@ -711,34 +697,30 @@ impl Pair {
 
     fn commit(&mut self, at_most: usize) {
         let now = self.now();
-        let batch: Vec<_> = self.ended.drain(..at_most.min(self.ended.len())).collect();
+        let batch: Vec<_> = self
+            .reports
+            .drain(..at_most.min(self.reports.len()))
+            .collect();
         self.store
             .commit(&batch, self.session, now)
             .expect("a commit");
-        for ended in batch {
-            match ended {
-                Ended::Report(report) => self.plain.commit(&report),
-                Ended::Lost(lost) => self.plain.commit_lost(&lost),
-            }
+        for report in batch {
+            self.plain.commit(&report);
         }
     }
 
     /// The last report of a batch cannot be committed, so none of them is.
     fn refuse(&mut self) {
-        let mut reports = self.ended.iter().filter_map(|ended| match ended {
-            Ended::Report(report) => Some(report),
-            Ended::Lost(_) => None,
-        });
-        let Some(mut impossible) = reports.next().cloned() else {
+        let Some(mut impossible) = self.reports.first().cloned() else {
             return;
         };
         impossible.conversation.id = ConversationId(99);
         impossible.outcomes.clear();
         impossible.advance.delivered.clear();
         let now = self.now();
-        let mut ended = self.ended.clone();
-        ended.push(Ended::Report(impossible));
-        let refused = self.store.commit(&ended, self.session, now);
+        let mut reports = self.reports.clone();
+        reports.push(impossible);
+        let refused = self.store.commit(&reports, self.session, now);
         assert!(refused.is_err(), "there is no such conversation");
     }
 
@@ -787,7 +769,7 @@ impl Pair {
 
     fn restart(&mut self) {
         self.work.clear();
-        self.ended.clear();
+        self.reports.clear();
         let session = self
             .store
             .start_session(Intervals::default(), self.now())
@@ -846,10 +828,7 @@ impl Pair {
         });
         assert_eq!(counted, [self.plain.counted], "what was counted");
 
-        let reported = self.ended.iter().flat_map(|ended| match ended {
-            Ended::Report(report) => report.outcomes.iter(),
-            Ended::Lost(lost) => lost.outcome.as_slice().iter(),
-        });
+        let reported = self.reports.iter().flat_map(|report| &report.outcomes);
         let reported = reported.map(|outcome| outcome.event);
         let in_memory = self.work.iter().flat_map(|work| work.events.iter());
         let mut handed_out = HashSet::new();
@@ -1129,22 +1108,12 @@ fn meanwhile() -> impl Strategy<Value = Step> {
 
 fn step() -> impl Strategy<Value = Step> {
     let index = any::<prop::sample::Index>;
-    let panicked = prop_oneof![
-        pause().prop_map(|pause| Fate::Retried {
-            pause,
-            outcome_unknown: false
-        }),
-        Just(Fate::GivenUp {
-            outcome_unknown: true
-        }),
-    ];
     let while_claimed = proptest::collection::vec(meanwhile(), 0..3);
     prop_oneof![
         14 => meanwhile(),
         3 => (1_usize..4).prop_map(Step::Claim),
         1 => Just(Step::Probe),
         4 => (index(), script()).prop_map(|(work, script)| Step::Report(work, script)),
-        1 => (index(), panicked).prop_map(|(work, fate)| Step::Lose(work, fate)),
         1 => index().prop_map(Step::Release),
         4 => (1_usize..4).prop_map(Step::Commit),
         1 => Just(Step::Refuse),

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::EVENTS;
 use crate::domain::account::{Accounting, MessageState};
 use crate::domain::conversation::Attempts;
-use crate::domain::progress::{Due, EventOutcome, Lost, Observation, Outcome, Report, Verified};
+use crate::domain::progress::{Due, EventOutcome, Observation, Outcome, Report, Verified};
 
 /// The limits of a claim; see `queue`.
 const BYTES_PER_CLAIM: usize = 256 << 10;
@@ -386,16 +386,6 @@ impl Plain {
         if let Some(claimed) = &mut conversation.claimed {
             claimed.became_stale = true;
         }
-    }
-
-    pub(super) fn commit_lost(&mut self, lost: &Lost) {
-        let id = lost.conversation.0;
-        if let Some(outcome) = &lost.outcome {
-            self.record(outcome);
-        }
-        self.mark_stale(id);
-        let conversation = self.conversation(id);
-        (conversation.claimed, conversation.due) = (None, Some(lost.due_at.0));
     }
 
     /// Records the outcome of an event.
