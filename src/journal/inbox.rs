@@ -668,7 +668,8 @@ fn insert_unreadable(
 
 /// Parses an unparsable dead letter again, for example after an upgrade of the program. If that succeeds, the event
 /// replaces the dead letter, in the dead letter's epoch: a message as often as it was received, any other event once.
-/// Otherwise, the reason is updated. Returns whether parsing succeeded.
+/// Otherwise, the reason is updated. Returns whether parsing succeeded. If this journal is a restored backup, a message
+/// may have been delivered after the backup was made, so the chat is read back first.
 pub(super) fn ingest_dead_letter(
     transaction: &Transaction<'_>,
     id: EventId,
@@ -690,7 +691,17 @@ pub(super) fn ingest_dead_letter(
         }
     };
     let count = if event.kind.is_message() { received } else { 1 };
-    while ingest(transaction, epoch, &event, count, now)? {}
+    let mut is_new = false;
+    while ingest(transaction, epoch, &event, count, now)? {
+        is_new = true;
+    }
+    if is_new && event.kind.is_message() {
+        transaction
+            .prepare_cached(
+                "UPDATE conversations SET stale_seq = stale_seq + 1 WHERE epoch = ?1 AND bigchat_id = ?2",
+            )?
+            .execute(params![epoch, event.conversation])?;
+    }
     Ok(true)
 }
 

@@ -315,3 +315,39 @@ async fn copy_with_a_message_in_flight() {
     })
     .await;
 }
+
+/// With an older copy of the database, a dead letter that can be parsed now is not delivered a second time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn unparsable_dead_letter_and_older_copy() {
+    run_live_test(async |t| {
+        t.differs("one event could not be parsed at first");
+        let now = t.now();
+        t.bigchat.open(42, now - 100, 1);
+        let daemon = t.start();
+        t.delivers([message(42, now - 5, "first")]).await;
+        let note = serde_json::json!({
+            "conversation_id": 42, "event_name": "NOTE", "event_at": unix(now - 4), "data": {"message": "hello"}
+        });
+        t.bigchat.reports([note]);
+        t.until_events("failed", 1).await;
+        daemon.stop().await;
+        // As if this program were a version that can parse it.
+        t.execute("UPDATE events SET data = replace(data, 'NOTE', 'MESSAGE') WHERE kind = 'UNREADABLE'");
+        let copy = copy(t);
+        for round in 1..=2 {
+            let daemon = t.start();
+            t.until_polled().await;
+            // Windows that begin before the session are over.
+            t.until_cursor_passes(t.now() + 7).await;
+            let answer = t.failed_command(&["retry", "--all"]).expect("it is done");
+            assert!(answer.starts_with("1 failed event will be retried"), "{answer}");
+            t.until_events("delivered", 2).await;
+            daemon.stop().await;
+            let mut messages = t.our_api.messages();
+            messages.sort();
+            assert_eq!(messages, ["first", "hello"], "round {round}");
+            restore(t, &copy);
+        }
+    })
+    .await;
+}
