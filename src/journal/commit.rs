@@ -165,10 +165,11 @@ fn update(
                 offset = :offset,
                 waiting = max(waiting - :settled, 0),
                 waiting_since = iif(waiting > :settled, (", waiting_since!(":offset"), "), NULL),
-                -- A verification may end at any time. It must not bring forward the next attempt of an event.
+                -- A verification may end at any time. It neither hastens nor delays the next attempt of an event.
                 due_at = CASE
                     WHEN NOT :is_verification THEN coalesce(:due_at, iif(waiting > :settled, :now, NULL))
-                    ELSE coalesce(max(coalesce(:due_at, iif(waiting > :settled, :now, due_at)), due_at), :due_at)
+                    WHEN waiting > :settled THEN due_at
+                    ELSE coalesce(max(:due_at, due_at), :due_at, due_at)
                 END
              WHERE id = :id RETURNING forgotten_at IS NOT NULL"
         ))?

@@ -509,11 +509,12 @@ fn ingest(
         forget::settle(transaction, known.id, now)?;
         return Ok(true);
     }
-    // The conversation becomes due, unless it is waiting for its next attempt.
+    // The conversation becomes due, unless it is waiting for its next attempt, or a write may still be in flight. The
+    // back-off of a failed verification does not delay the event.
     transaction
         .prepare_cached(
             "UPDATE conversations SET waiting = waiting + 1, waiting_since = coalesce(waiting_since, ?2),
-                due_at = coalesce(due_at, ?2)
+                due_at = iif(waiting > 0 OR stale_seq > fresh_seq, coalesce(due_at, ?2), ?2)
              WHERE id = ?1",
         )?
         .execute(params![known.id, now])?;

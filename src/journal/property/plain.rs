@@ -196,8 +196,10 @@ impl Plain {
             };
             self.events.insert(self.last_id, event);
             self.counted.received += 1;
-            let now = self.now;
-            self.conversation(*conversation).due.get_or_insert(now);
+            let (now, waited) = (self.now, self.waiting(*conversation).len() > 1);
+            let of = self.conversation(*conversation);
+            // The back-off of a failed verification does not delay an event.
+            of.due = of.due.filter(|_| waited || of.stale).or(Some(now));
         }
         self.cursor = Some(self.now / 1000);
     }
@@ -472,6 +474,7 @@ impl Plain {
             None if has_events && claimed.verified_in.is_none() => Some(0),
             before => before,
         };
+        let waited = !self.waiting(id).is_empty();
         let ends_claim = self.observe(id, &claimed, &report.observation);
         if report.becomes_stale {
             self.mark_stale(id);
@@ -484,7 +487,8 @@ impl Plain {
         let is_verification = report.verified != Verified::NotAsked;
         let conversation = self.conversation(id);
         conversation.due = match conversation.due {
-            // A verification may end at any time, and makes nothing due earlier.
+            // A verification may end at any time, and makes no event due earlier or later.
+            Some(before) if is_verification && waited => Some(before),
             Some(before) if is_verification => Some(due.unwrap_or(before).max(before)),
             None if is_verification => due.filter(|_| is_certain),
             _ => due,

@@ -694,3 +694,29 @@ async fn removed_agent_stays_removed() {
     })
     .await;
 }
+
+/// A verification that fails does not delay an event of its chat.
+#[tokio::test]
+async fn event_after_a_failed_verification() {
+    run_test(async |t| {
+        delivered(t, 10..12).await;
+        t.set("--retry-initial", "20s").set("--retry-max", "60s");
+        // Only one read of one chat fails.
+        t.our_api.upset("GET /chats/c1/messages", status(500));
+        pass_is_due(t);
+        t.start();
+        until("the failure is recorded", async || {
+            t.value("SELECT EXISTS (SELECT 1 FROM conversations WHERE due_at IS NOT NULL)")
+        })
+        .await;
+        let began = Instant::now();
+        t.bigchat.reports([message(10, 300, "anybody?")]);
+        t.until_events("delivered", 7).await;
+        let took = began.elapsed();
+        assert!(
+            took < Duration::from_secs(4),
+            "the event waited for {took:?}"
+        );
+    })
+    .await;
+}
