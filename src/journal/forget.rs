@@ -157,6 +157,14 @@ pub(super) fn erase(
     now: Millis,
 ) -> Result<()> {
     settle(transaction, conversation, now)?;
+    // Retention drops an event by its delivery. Dead letters have none, and neither have retried events that still wait.
+    transaction
+        .prepare_cached(
+            "INSERT INTO deliveries (conversation, from_event, through, delivered_at, effect)
+             SELECT conversation, id, id, ?2, 'forgotten' FROM events e WHERE conversation = ?1 AND NOT EXISTS (
+                SELECT 1 FROM deliveries WHERE conversation = ?1 AND e.id BETWEEN from_event AND through)",
+        )?
+        .execute(params![conversation, now])?;
     for sql in [
         "UPDATE conversations SET waiting = 0, waiting_since = NULL, due_at = NULL, verified_in = NULL, drift = NULL,
             missing = NULL WHERE id = ?1",

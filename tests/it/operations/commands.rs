@@ -740,3 +740,30 @@ fn check_changes_no_empty_file() {
     );
     assert_eq!(std::fs::read(bench.db()).expect("a file"), b"");
 }
+
+/// The events of a forgotten conversation are dropped after the retention period, failed ones, too.
+#[tokio::test]
+async fn forgotten_failed_event_is_dropped() {
+    run_test(async |t| {
+        t.differs("a conversation is forgotten");
+        t.set("--retention", "1h");
+        let daemon = t.start();
+        t.bigchat
+            .reports([start(42, 0), message(42, 5, "k"), start(43, 1)]);
+        t.until_events("failed", 1).await;
+        t.until_events("delivered", 2).await;
+        daemon.stop().await;
+        done(t, &["forget", "42", "--yes"]);
+        t.execute("UPDATE deliveries SET delivered_at = delivered_at - 7200000");
+        t.bigchat.clock(3 * 3600);
+        t.start();
+        until("the others are dropped", async || {
+            t.value::<i64>("SELECT count(*) FROM events WHERE kind = 'START'") == 0
+        })
+        .await;
+        t.bigchat.further_polls(40).await;
+        let left: i64 = t.value("SELECT count(*) FROM events");
+        assert_eq!(left, 0, "events of the forgotten conversation");
+    })
+    .await;
+}
