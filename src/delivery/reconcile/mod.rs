@@ -322,10 +322,18 @@ impl Reconciliation {
         }
     }
 
-    /// Handles a not-found response for the chat. The chat counts as gone only if OurAPI's list confirms it.
+    /// Handles a not-found response for the chat. The chat counts as gone only if OurAPI's list confirms it. If the chat
+    /// was just created, the attempt has failed, so that the chat is not created again without a back-off.
     async fn chat_missing(&mut self, error: ApiError) -> Result<(), AttemptError> {
         match self.refresh().await? {
-            Refreshed::Gone => self.gone(self.rebuilds()).await,
+            Refreshed::Gone => {
+                let is_new = self.observation == Observation::Created;
+                self.gone(self.rebuilds()).await?;
+                match is_new {
+                    true => Err(AttemptError::DataLost("OurAPI has lost the new chat")),
+                    false => Ok(()),
+                }
+            }
             // The list has the chat.
             Refreshed::Ours(_) => Err(AttemptError::Write(
                 error.with_kind(ErrorKind::OutcomeUnknown { timed_out: false }),

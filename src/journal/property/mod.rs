@@ -478,9 +478,11 @@ impl Pair {
         let mut verified = Verified::NotAsked;
         let has_chat = conversation.observed.chat.is_some();
         let found = match script.found {
-            Found::ReadWithoutMessages | Found::UnreadableMessages | Found::Gone { .. }
-                if !has_chat =>
-            {
+            Found::ReadWithoutMessages | Found::UnreadableMessages if !has_chat => {
+                Found::AsRemembered
+            }
+            // Only a chat that this claim creates can be found gone.
+            Found::Gone { .. } if !has_chat && !matches!(script.fates[0], Fate::Delivered) => {
                 Found::AsRemembered
             }
             found => found,
@@ -553,13 +555,17 @@ impl Pair {
                         }
                     }
                     if let Found::Gone { rebuild } = found {
-                        // Only the request that showed the loss failed.
+                        // Only the request that showed the loss failed. It counts if the chat was new.
+                        let is_new = observation == Observation::Created;
                         outcomes.retain(|outcome| match outcome.outcome {
                             Outcome::Delivered(_) => !rebuild,
                             Outcome::DeadLetter { .. } => true,
-                            Outcome::Retry { .. } => false,
+                            Outcome::Retry { .. } => is_new,
                         });
-                        (due, becomes_stale) = (Due::IfWaiting, false);
+                        if !is_new {
+                            due = Due::IfWaiting;
+                        }
+                        becomes_stale = false;
                         observation = Observation::Gone { rebuild };
                     }
                 }

@@ -4,9 +4,9 @@ use crate::harness::process::Process;
 use crate::harness::services::ADD_MESSAGE;
 use crate::harness::{Bench, run_live_test, run_test, until};
 use bigchat_sync::simulator::compare::Rules;
-use bigchat_sync::simulator::event::{end, message, transfer};
+use bigchat_sync::simulator::event::{end, message, start, transfer};
 use bigchat_sync::simulator::fault::{crashed, html, status};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
@@ -332,6 +332,28 @@ async fn chats_that_cannot_be_rebuilt() {
             t.our_api.messages().iter().any(|text| text == "lost")
         })
         .await;
+    })
+    .await;
+}
+
+/// A chat that is gone again right after its creation is not created again at once, and again.
+#[tokio::test]
+async fn chat_vanishes_after_its_creation() {
+    run_test(async |t| {
+        t.differs("OurAPI stores nothing");
+        t.set("--retry-initial", "1s").set("--retry-max", "60s");
+        let daemon = t.start();
+        t.bigchat.reports([start(42, 0), message(42, 1, "hello")]);
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while Instant::now() < deadline {
+            if !t.our_api.chats().is_empty() {
+                t.our_api.loses_everything();
+            }
+            tokio::task::yield_now().await;
+        }
+        let created = t.our_api.count("POST /chats");
+        daemon.stop().await;
+        assert!(created < 50, "{created} creations in 10 s");
     })
     .await;
 }
