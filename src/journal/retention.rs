@@ -36,8 +36,8 @@ struct Old {
 impl Store {
     /// Drops events that were delivered or discarded at least `retention` ago by this machine's clock and happened as
     /// long ago by BigChat's. Both clocks must agree, because either may be wrong. Events that the next window could
-    /// report again stay: `reach` is how far before the cursor that window may begin. Drops about `at_most` at a time,
-    /// so that other operations do not wait.
+    /// report again stay, even if they happened long before it: `reach` is how far before the cursor that window may
+    /// begin. Drops about `at_most` at a time, so that other operations do not wait.
     pub fn prune(
         &mut self,
         retention: Duration,
@@ -46,17 +46,18 @@ impl Store {
         at_most: u32,
     ) -> Result<Pruned> {
         activity::forget(&self.connection, now)?;
-        let Some(cursor) = self.poll_state()?.cursor else {
+        let state = self.poll_state()?;
+        let (Some(cursor), Some(polled_at)) = (state.cursor, state.polled_at) else {
             return Ok(Pruned {
                 dropped: 0,
                 is_more: false,
                 before: None,
             });
         };
-        let (delivered_before, happened_before) = (
-            now.minus(retention),
-            cursor.minus(retention.max(reach + MARGIN)),
-        );
+        let reach = reach + MARGIN;
+        let happened_before = cursor.minus(retention.max(reach));
+        // The cursor stays while BigChat is not polled.
+        let delivered_before = now.minus(retention).min(now.min(polled_at).minus(reach));
         let transaction = self.begin()?;
         let discarded: Vec<Option<ConversationId>> = transaction
             .prepare_cached(DROP_DISCARDED)?
@@ -214,7 +215,9 @@ mod tests {
                 .ingest(&page, Epoch(1), false, &received, &[], now)
                 .expect("events");
         }
-        store.end_poll(cursor, now, 0).expect("the end of a poll");
+        let polled_at = Millis(cursor.unix() * 1000);
+        let ended = store.end_poll(cursor, polled_at, 0);
+        ended.expect("the end of a poll");
         store
     }
 
@@ -299,6 +302,22 @@ mod tests {
                 .query_row(left, [], |row| row.get(0))
                 .expect("a count");
             assert_eq!(left, 0, "deliveries of {each} events, gone: {are_gone}");
+        }
+    }
+
+    /// An event that happened long before its delivery stays as long as the next window may report it again. That
+    /// window begins where polling has ended.
+    #[test]
+    fn old_event_of_the_last_window_stays() {
+        for (read, dropped) in [(0, 0), (60, 0), (66, 1)] {
+            let at = 100 * DAY;
+            let mut store = journal(1, 1, at, at + read);
+            let connection = store.connection();
+            let older = connection.execute("UPDATE events SET event_at = event_at - ?1", [DAY]);
+            assert_eq!(older.expect("an update"), 1);
+            let now = Millis((at + DAY) * 1000);
+            let pruned = store.prune(Duration::ZERO, Duration::from_secs(5), now, 10);
+            assert_eq!(pruned.expect("a result").dropped, dropped, "{read}");
         }
     }
 

@@ -641,8 +641,8 @@ impl Plain {
         let Some(cursor) = self.cursor else {
             return Default::default();
         };
-        let happened_before = cursor - seconds(retention).max(seconds(overlap) + MARGIN);
-        let settled_before = self.now - seconds(retention) * 1000;
+        let kept = seconds(retention).max(seconds(overlap) + MARGIN);
+        let (happened_before, settled_before) = (cursor - kept, self.now - kept * 1000);
         let is_open = |event: &Event| matches!(event.state, State::Waiting | State::Failed);
         let is_discarded = |event: &Event| event.state == State::Discarded;
         let any_other = |event: &Event, is: &dyn Fn(&Event) -> bool| {

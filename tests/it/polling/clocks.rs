@@ -253,6 +253,7 @@ async fn clock_set_back_beyond_the_retention() {
         report([start(10, NOW - 4), message(10, NOW - 3, "one")]);
         t.start();
         t.until_events("delivered", 2).await;
+        t.execute("UPDATE deliveries SET delivered_at = delivered_at - 7200000");
         t.bigchat.clock(NOW + 200);
         until("the events are dropped", async || {
             t.value::<i64>("SELECT count(*) FROM events") == 0
@@ -268,6 +269,29 @@ async fn clock_set_back_beyond_the_retention() {
         let asked = t.our_api.asked();
         let reads = asked.iter().filter(|line| line.starts_with("GET"));
         assert_eq!(reads.count(), 2, "the chat and its messages: {asked:?}");
+    })
+    .await;
+}
+
+/// An event that BigChat reports again in the overlap is not delivered again, however short the retention.
+#[tokio::test]
+async fn old_event_repeated_in_the_overlap() {
+    run_test(async |t| {
+        t.set("--retention", "0s").set("--max-window", "10s");
+        t.start();
+        t.until_polled().await;
+        t.bigchat.clock(NOW + 100);
+        t.until_cursor(NOW + 100).await;
+        t.bigchat.clock(NOW + 101);
+        let events = || [start(42, 0), message(42, 5, "one")];
+        t.bigchat.reports(events());
+        t.until_events("delivered", 2).await;
+        // Old events are dropped after each poll.
+        t.bigchat.further_polls(3).await;
+        t.bigchat.reports(events());
+        t.bigchat.further_polls(3).await;
+        until("no event waits", async || t.events("waiting") == 0).await;
+        assert_eq!(t.our_api.messages(), ["one"]);
     })
     .await;
 }
