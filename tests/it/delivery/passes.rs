@@ -367,18 +367,14 @@ async fn unreadable_chat_in_a_pass() {
     run_test(async |t| {
         t.set("--max-attempts", "3");
         delivered(t, 10..13).await;
-        let chat = t.our_api.data().chats[0].chat_id;
-        let messages = format!("GET /chats/{chat}/messages");
-        t.our_api.upset(&messages, status(500).always());
+        t.our_api
+            .upset("GET /chats/c1/messages", status(500).always());
         pass_is_due(t);
         t.start();
         until_verified(t).await;
         assert_eq!(t.value::<i64>("SELECT verified FROM verifications"), 3);
-        assert_ne!(
-            t.is_up(Api::OurApi),
-            Some(false),
-            "only one list cannot be read"
-        );
+        assert!(t.our_api.injected() > 0, "one list cannot be read");
+        assert_ne!(t.is_up(Api::OurApi), Some(false), "only one");
     })
     .await;
 }
@@ -389,9 +385,8 @@ async fn unreadable_chat_among_active_ones() {
     run_test(async |t| {
         t.set("--max-attempts", "3").set("--retry-initial", "100ms");
         delivered(t, 10..12).await;
-        let chat = t.our_api.data().chats[0].chat_id;
-        let messages = format!("GET /chats/{chat}/messages");
-        t.our_api.upset(&messages, status(500).always());
+        t.our_api
+            .upset("GET /chats/c1/messages", status(500).always());
         pass_is_due(t);
         t.start();
         let mut at = 300..;
@@ -402,6 +397,7 @@ async fn unreadable_chat_among_active_ones() {
             has_ended(t)
         })
         .await;
+        assert!(t.our_api.injected() > 0, "one list cannot be read");
     })
     .await;
 }
