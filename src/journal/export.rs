@@ -142,16 +142,28 @@ const NEXT: &str =
     WHERE (delivered_at, id) > (?1, ?2) AND delivered_at < ?3 AND effect <> 'forgotten'
     ORDER BY delivered_at, id LIMIT 1";
 
-/// The events whose latest delivery is this one.
-const EVENTS: &str = "SELECT e.id, e.kind, e.event_at, e.data, c.bigchat_id, c.epoch, c.external_id, c.chat_id,
+/// SQL for the delivery of a delivered event `e`. An event that was sent again has a delivery of its own, within that of
+/// the events around it.
+macro_rules! delivery_of_event {
+    () => {
+        "(SELECT n.id FROM deliveries n WHERE n.conversation = e.conversation AND n.through >= e.id
+            AND n.from_event <= e.id ORDER BY n.through, n.id DESC LIMIT 1)"
+    };
+}
+pub(super) use delivery_of_event;
+
+/// The events of a delivery.
+const EVENTS: &str = concat!(
+    "SELECT e.id, e.kind, e.event_at, e.data, c.bigchat_id, c.epoch, c.external_id, c.chat_id,
         c.forgotten_at IS NOT NULL
     FROM events e JOIN conversations c ON c.id = e.conversation
     WHERE e.conversation = ?1 AND e.id BETWEEN ?2 AND ?3 AND e.id <= c.offset
         AND NOT EXISTS (SELECT 1 FROM dead_letters d WHERE d.event = e.id)
         AND NOT EXISTS (SELECT 1 FROM redeliveries r WHERE r.conversation = e.conversation AND r.event = e.id)
-        AND ?4 = (SELECT v.id FROM deliveries v WHERE v.conversation = e.conversation AND v.through >= e.id
-            ORDER BY v.through, v.id DESC LIMIT 1)
-    ORDER BY e.id";
+        AND ?4 = ",
+    delivery_of_event!(),
+    " ORDER BY e.id"
+);
 
 #[cfg(test)]
 mod tests {

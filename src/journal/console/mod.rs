@@ -11,6 +11,7 @@ use uuid::Uuid;
 
 use super::activity::{minute, names};
 use super::dead_letters::{PastResolution, partial_event};
+use super::export::delivery_of_event;
 use super::{KnownAdvisor, Result, Store, UNREADABLE, limit, unsigned};
 use crate::domain::conversation::Details;
 use crate::domain::event::PartialEvent;
@@ -276,16 +277,20 @@ const FAILED: &str =
     "SELECT d.event, coalesce(a.reason, '') FROM dead_letters d LEFT JOIN attempts a ON a.event = d.event
     WHERE d.discarded_at IS NULL AND d.event > ?1 ORDER BY d.event LIMIT ?2";
 
-const WHOLE: &str = "SELECT e.id, e.kind, c.bigchat_id, e.conversation, c.chat_id, e.event_at,
+const WHOLE: &str = concat!(
+    "SELECT e.id, e.kind, c.bigchat_id, e.conversation, c.chat_id, e.event_at,
         substr(e.data, 1, ?1) AS data, length(e.data) > ?1 AS data_cut, e.state, e.received_at,
-        coalesce(e.discarded_at, e.failed_at, iif(e.state = 'delivered', (SELECT v.delivered_at FROM deliveries v
-            WHERE v.conversation = e.conversation AND v.through >= e.id ORDER BY v.through, v.id DESC LIMIT 1), NULL)) AS state_since,
+        coalesce(e.discarded_at, e.failed_at, v.delivered_at) AS state_since,
         coalesce(a.attempts, 0) AS attempts, coalesce(a.outcome_unknown, 0) AS outcome_unknown, a.reason,
         nullif(a.request, '') AS request, nullif(a.response, '') AS response,
         coalesce(d.permanent, 0) AS permanent
     FROM event_states e LEFT JOIN dead_letters d ON d.event = e.id LEFT JOIN attempts a ON a.event = e.id
     LEFT JOIN conversations c ON c.id = e.conversation
-    WHERE e.id = ?2";
+    LEFT JOIN deliveries v ON v.id = iif(e.state = 'delivered', ",
+    delivery_of_event!(),
+    ", NULL)
+    WHERE e.id = ?2"
+);
 
 /// Conversations with a chat or an event. Others may be known only as probe conversations.
 const LATEST: &str = "SELECT id FROM conversations c
@@ -336,13 +341,13 @@ fn failed_row() -> String {
 fn events_of() -> String {
     format!(
         "SELECT e.id, e.kind, e.event_at, {DATA}, e.state, e.received_at,
-            coalesce(e.discarded_at, e.failed_at, iif(e.state = 'delivered', v.delivered_at, NULL)) AS state_since,
-            iif(e.state = 'delivered', v.effect, NULL) AS effect, coalesce(a.attempts, 0) AS attempts, a.reason, a.next_at
+            coalesce(e.discarded_at, e.failed_at, v.delivered_at) AS state_since, v.effect,
+            coalesce(a.attempts, 0) AS attempts, a.reason, a.next_at
          FROM (SELECT id FROM events WHERE conversation = ?1 AND id > ?2 ORDER BY id LIMIT ?3) AS page
          JOIN event_states e ON e.id = page.id LEFT JOIN attempts a ON a.event = e.id
-         LEFT JOIN deliveries v ON v.id = (SELECT n.id FROM deliveries n
-            WHERE n.conversation = e.conversation AND n.through >= e.id ORDER BY n.through, n.id DESC LIMIT 1)
-         ORDER BY e.id"
+         LEFT JOIN deliveries v ON v.id = iif(e.state = 'delivered', {}, NULL)
+         ORDER BY e.id",
+        delivery_of_event!()
     )
 }
 

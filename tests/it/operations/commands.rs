@@ -323,6 +323,50 @@ async fn export_has_each_delivery_once() {
     .await;
 }
 
+/// An event that is sent again has a delivery of its own. The events delivered together with it before keep theirs.
+#[tokio::test]
+async fn delivery_around_an_event_sent_again() {
+    run_test(async |t| {
+        let daemon = t.start();
+        t.our_api
+            .upset("POST /chats/*/messages*two", status(422).body("{}"));
+        t.bigchat.reports([
+            start(42, 0),
+            message(42, 1, "one"),
+            message(42, 2, "two"),
+            message(42, 3, "three"),
+        ]);
+        t.until_events("delivered", 3).await;
+        t.until_events("failed", 1).await;
+        let texts = || -> Vec<String> {
+            let events = exported(t, &["--since", "2020-01-01T00:00:00Z"]);
+            let texts = events.iter().filter_map(|event| event["text"].as_str());
+            let mut texts: Vec<String> = texts.map(str::to_owned).collect();
+            texts.sort();
+            texts
+        };
+        let times = || -> Vec<Value> {
+            let shown = json_of(t, &["conversation", "42"]);
+            let events = shown["conversations"][0]["events"].as_array();
+            let events = events.unwrap_or_else(|| panic!("{shown:#}"));
+            let since = |event: &Value| event["state_since"].clone();
+            events.iter().map(since).collect()
+        };
+        assert_eq!(texts(), ["one", "three"]);
+        let before = times();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        t.failed_command(&["retry", "--all"])
+            .expect("it is retried");
+        t.until_events("delivered", 4).await;
+        daemon.stop().await;
+        assert_eq!(texts(), ["one", "three", "two"]);
+        let after = times();
+        assert_ne!(after[2], before[2]);
+        assert_eq!((&after[1], &after[3]), (&before[1], &before[3]));
+    })
+    .await;
+}
+
 /// An export whose reader stalls does not delay a checkpoint.
 #[tokio::test]
 async fn stalled_export_and_checkpoint() {
