@@ -217,7 +217,7 @@ impl Store {
                 Ok((losses, restarts, unsigned(row, 2)?, row.get(3)?, row.get(4)?))
             })?;
         let recent_losses = transaction
-            .prepare_cached("SELECT coalesce(sum(count), 0) FROM losses WHERE minute > ?1 - ?2")?
+            .prepare_cached("SELECT coalesce(sum(count), 0) FROM losses WHERE minute > ?1 - ?2 AND minute <= ?1")?
             .query_row([minute(now), LOSS_MINUTES], count)?;
         let (drifted, incomplete) = transaction
             .prepare_cached(
@@ -417,12 +417,13 @@ fn groups(connection: &Connection) -> Result<Vec<Group>> {
 }
 
 fn rates(connection: &Connection, now: Millis) -> Result<(f64, f64)> {
-    let from = minute(now) - RATE_MINUTES;
+    let to = minute(now);
+    let from = to - RATE_MINUTES;
     let (received, delivered, first): (f64, f64, Option<i64>) = connection
         .prepare_cached(
-            "SELECT total(received), total(delivered), (SELECT min(minute) FROM activity) FROM activity WHERE minute >= ?1",
+            "SELECT total(received), total(delivered), (SELECT min(minute) FROM activity) FROM activity WHERE minute BETWEEN ?1 AND ?2",
         )?
-        .query_row([from], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?;
+        .query_row([from, to], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?;
     let begun = Millis(first.unwrap_or(from).max(from) * 60_000);
     let minutes = (now.since(begun).as_secs_f64() / 60.0).max(1.0);
     Ok((received / minutes, delivered / minutes))
@@ -430,11 +431,11 @@ fn rates(connection: &Connection, now: Millis) -> Result<(f64, f64)> {
 
 fn delivery_times(connection: &Connection, now: Millis) -> Result<Option<DeliveryTimes>> {
     let mut statement = connection.prepare_cached(
-        "SELECT waited FROM deliveries WHERE delivered_at > ?1 AND waited IS NOT NULL ORDER BY delivered_at DESC LIMIT ?2",
+        "SELECT waited FROM deliveries WHERE delivered_at > ?1 AND delivered_at <= ?2 AND waited IS NOT NULL
+         ORDER BY delivered_at DESC LIMIT ?3",
     )?;
-    let times = statement.query_map(params![now.minus(DELIVERIES_WITHIN), DELIVERIES], |row| {
-        row.get::<_, i64>(0)
-    })?;
+    let within = params![now.minus(DELIVERIES_WITHIN), now, DELIVERIES];
+    let times = statement.query_map(within, |row| row.get::<_, i64>(0))?;
     let mut times: Vec<i64> = times.collect::<rusqlite::Result<_>>()?;
     times.sort_unstable();
     let at = |percent: usize| times[(times.len() - 1) * percent / 100].max(0);

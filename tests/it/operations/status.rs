@@ -480,3 +480,25 @@ async fn unrestored_loss_is_a_problem() {
     })
     .await;
 }
+
+/// What happened while this machine's clock was ahead does not count as recent until the clock has caught up.
+#[tokio::test]
+async fn status_after_the_clock_was_ahead() {
+    run_live_test(async |t| {
+        delivered(t).await.stop().await;
+        let ahead = Millis::now().plus(Duration::from_secs(30 * 86_400)).0;
+        t.execute(&format!(
+            "UPDATE deliveries SET delivered_at = {ahead};
+             INSERT INTO losses (minute, count) VALUES ({ahead} / 60000, 3);
+             INSERT INTO activity (minute, kind, received, delivered) VALUES ({ahead} / 60000, 'MESSAGE', 60000, 60000);"
+        ));
+        let (status, _) = t.status();
+        for rate in ["received_per_minute", "delivered_per_minute"] {
+            let rate = status[rate].as_f64();
+            assert!(rate.is_some_and(|rate| rate < 100.0), "{rate:?}");
+        }
+        assert_eq!(status["delivery_ms"], Value::Null);
+        assert_eq!(status["recent_losses"], 0);
+    })
+    .await;
+}
