@@ -36,7 +36,7 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rusqlite::{Connection, Row};
+use rusqlite::{Connection, Row, RowIndex};
 use thiserror::Error;
 use tokio::sync::oneshot;
 
@@ -295,7 +295,7 @@ impl Drop for Thread {
 }
 
 /// Reads a count. SQL has no unsigned type.
-fn unsigned(row: &Row<'_>, index: usize) -> rusqlite::Result<u64> {
+fn unsigned(row: &Row<'_>, index: impl RowIndex) -> rusqlite::Result<u64> {
     Ok(u64::try_from(row.get::<_, i64>(index)?).unwrap_or_default())
 }
 

@@ -54,7 +54,7 @@ function who(one) {
 
 function state(one) {
   if (one.forgotten_at !== null) return el("span.chip", null, "forgotten");
-  if (one.failed.length > 0) return el("span.chip.bad", null, `${count(one.failed.length)} failed`);
+  if (one.failed.length > 0) return el("span.chip.bad", null, `${count(one.failed.length)}${one.more_failed ? "+" : ""} failed`);
   if (one.waiting > 0) return el("span.chip.wait", null, `${count(one.waiting)} waiting`);
   if (one.chat_id === null) return el("span.chip", null, "no chat yet");
   return one.ended_at === null ? el("span.chip.fine", null, "all delivered") : el("span.chip.fine", null, "all delivered, ended");
@@ -132,7 +132,7 @@ export const talk = {
   },
 };
 
-const failedOf = (one) => (one.failed.length === 1 ? "the failed event" : `the ${count(one.failed.length)} failed events`);
+const failedOf = (one) => (one.failed.length === 1 ? "the failed event" : `the ${one.more_failed ? "first " : ""}${count(one.failed.length)} failed events`);
 
 const time = (ms) => (ms === null ? null : at(ms));
 

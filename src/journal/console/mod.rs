@@ -32,8 +32,8 @@ const SEARCHED: usize = 10_000;
 /// How many agents a search may match.
 const AGENTS: usize = 20;
 
-/// How many waiting or failed events of a conversation are counted.
-const COUNTED: usize = 100;
+/// How many failed events of a conversation are listed with it.
+const FAILED_LISTED: usize = 100;
 
 /// How many characters of an event are shown in a list, in its conversation, and on its own page.
 const IN_A_LIST: usize = 200;
@@ -314,14 +314,12 @@ const BY_NAME_OR_EMAIL: &str = "SELECT agent_id FROM agents
 
 const CONVERSATION: &str = "SELECT c.id, c.bigchat_id, c.epoch, (SELECT max(id) FROM epochs) AS current_epoch, c.started_at, c.ended_at,
         c.first_advisor, c.transfer_advisor, c.transfer_at, c.details, c.external_id, c.chat_id, c.chat_started_at,
-        c.chat_ended_at, c.chat_agent, c.stale_seq > c.fresh_seq AS stale, c.forgotten_at, c.forgotten_by, a.bigchat_id AS advisor, a.name, a.email,
+        c.chat_ended_at, c.chat_agent, c.stale_seq > c.fresh_seq AS stale, c.waiting, c.forgotten_at, c.forgotten_by, a.bigchat_id AS advisor, a.name, a.email,
         iif(g.email IS NULL, NULL, g.agent_id IS NOT NULL) AS accepted
     FROM conversations c LEFT JOIN advisors a
         ON a.epoch = c.epoch AND a.bigchat_id = coalesce(c.transfer_advisor, c.first_advisor)
     LEFT JOIN agents g ON g.email = a.email
     WHERE c.id = ?1";
-
-const WAITING_OF: &str = "SELECT min(waiting, ?2) FROM conversations WHERE id = ?1";
 
 const UNPARSED: &str =
     "SELECT id, data FROM events WHERE conversation IS NULL ORDER BY id DESC LIMIT ?1";
@@ -402,13 +400,14 @@ fn conversation(connection: &Connection, key: ConversationId) -> Result<Option<C
         .query_row([key], read_conversation)
         .optional()?;
     let Some(mut row) = row else { return Ok(None) };
-    row.waiting = connection
-        .prepare_cached(WAITING_OF)?
-        .query_row(params![key, limit(COUNTED)], super::count)?;
     row.permanent = true;
     let mut statement = connection.prepare_cached(FAILED_OF)?;
-    let mut failed = statement.query(params![key, limit(COUNTED)])?;
+    let mut failed = statement.query(params![key, limit(FAILED_LISTED + 1)])?;
     while let Some(event) = failed.next()? {
+        row.more_failed = row.failed.len() == FAILED_LISTED;
+        if row.more_failed {
+            break;
+        }
         row.failed.push(event.get(0)?);
         row.permanent &= event.get::<_, bool>(1)?;
     }
@@ -463,8 +462,9 @@ fn read_conversation(row: &Row<'_>) -> rusqlite::Result<ConversationRow> {
         forgotten_at: row.get("forgotten_at")?,
         forgotten_by: row.get("forgotten_by")?,
         stale: row.get("stale")?,
-        waiting: 0,
+        waiting: unsigned(row, "waiting")?,
         failed: Vec::new(),
+        more_failed: false,
         permanent: false,
     })
 }
@@ -564,7 +564,6 @@ mod tests {
             (BY_CHAT, "conversations_by_chat"),
             (BY_AGENT, "conversations_by_agent"),
             (CONVERSATION, "c USING INTEGER PRIMARY KEY"),
-            (WAITING_OF, "conversations USING INTEGER PRIMARY KEY"),
             (FAILED_OF, "dead_letters_of_conversation (conversation=?)"),
             (&events_of(), "events_of_conversation (conversation=?"),
             (UNPARSED, "events_of_conversation (conversation=?"),

@@ -178,10 +178,12 @@ pub struct ConversationRow {
     pub forgotten_by: Option<String>,
     /// Whether the chat is read back before anything is sent, for example because the outcome of a change is unknown.
     pub stale: bool,
-    /// How many of its events are waiting, counted up to a limit.
+    /// How many of its events are waiting.
     pub waiting: u64,
     /// Its failed events, up to a limit.
     pub failed: Vec<EventId>,
+    /// Whether there are more of them.
+    pub more_failed: bool,
     /// Whether retrying is pointless for all of these unless this program or OurAPI changes.
     pub permanent: bool,
 }

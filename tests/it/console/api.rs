@@ -49,6 +49,25 @@ async fn failed_events_by_reason_and_page() {
     .await;
 }
 
+/// A conversation lists some of its failed events, and says whether there are more.
+#[tokio::test]
+async fn conversation_with_many_failed_events() {
+    for (failures, listed, more) in [(100, 100, false), (101, 100, true)] {
+        run_test(async |t| {
+            let console = Console::over(t, &failed(failures)).await;
+            t.execute("UPDATE conversations SET waiting = 150");
+            let (_, found) = console.get("/api/search?q=42").await;
+            let one = &found["conversations"][0];
+            let ids = one["failed"].as_array().expect("ids");
+            assert_eq!((ids.len(), &one["more_failed"]), (listed, &json!(more)));
+            assert_eq!(one["waiting"], 150);
+            t.execute("UPDATE conversations SET waiting = 0");
+            console.daemon.stop().await;
+        })
+        .await;
+    }
+}
+
 /// A resolution applies only to the events that it names, and it is recorded. A request that names none is
 /// rejected.
 #[tokio::test]
