@@ -29,9 +29,6 @@ pub struct PollState {
     /// The time up to which BigChat was read, by its clock; `None` before the first poll.
     pub cursor: Option<Timestamp>,
     pub unfinished: Option<UnfinishedWindow>,
-    /// How many more polls may use up their page budget in a window that is read again from its beginning, even if they
-    /// find nothing new.
-    pub rescans_left: u32,
     /// When a window was last read to its end.
     pub polled_at: Option<Millis>,
 }
@@ -155,7 +152,7 @@ impl Store {
     /// How far BigChat was read, and the unfinished window.
     pub fn poll_state(&mut self) -> Result<PollState> {
         Ok(self.connection.query_row(
-            "SELECT cursor, window_start, window_end, next_query, rescans_left, polled_at FROM poll_state",
+            "SELECT cursor, window_start, window_end, next_query, polled_at FROM poll_state",
             [],
             |row| {
                 let window = Option::zip(row.get(1)?, row.get(2)?);
@@ -166,8 +163,7 @@ impl Store {
                         window: Window { start, end },
                         next,
                     }),
-                    rescans_left: row.get(4)?,
-                    polled_at: row.get(5)?,
+                    polled_at: row.get(4)?,
                 })
             },
         )?)
@@ -433,30 +429,27 @@ impl Store {
         drop_window(&transaction)?;
         move_cursor(&transaction, cursor, now)?;
         transaction.execute(
-            "UPDATE poll_state SET rescans_left = 0, polled_at = ?1, clock_ahead = ?2",
+            "UPDATE poll_state SET polled_at = ?1, clock_ahead = ?2",
             params![now, clock_ahead],
         )?;
         transaction.commit()?;
         Ok(())
     }
 
-    /// Drops the unfinished window, so that it is read again from its beginning. `rescans_left`: see [`PollState`].
-    pub fn read_again(&mut self, rescans_left: u32) -> Result<()> {
+    /// Drops the unfinished window with its pages.
+    pub fn forget_window(&mut self) -> Result<()> {
         let transaction = self.begin()?;
         transaction.execute("DELETE FROM inbox", [])?;
         drop_window(&transaction)?;
-        transaction.execute("UPDATE poll_state SET rescans_left = ?1", [rescans_left])?;
         transaction.commit()?;
         Ok(())
     }
 
-    /// Counts a poll that used up its page budget in a window that is read again.
-    pub fn rescan(&mut self) -> Result<()> {
-        self.connection.execute(
-            "UPDATE poll_state SET rescans_left = rescans_left - 1 WHERE rescans_left > 0",
-            [],
-        )?;
-        Ok(())
+    /// Counts a poll that used up its page budget without a new event. Returns how many such polls the unfinished window
+    /// has had.
+    pub fn count_idle_poll(&mut self) -> Result<u32> {
+        let sql = "UPDATE poll_state SET idle_polls = idle_polls + 1 RETURNING idle_polls";
+        Ok(self.connection.query_row(sql, [], |row| row.get(0))?)
     }
 
     /// Deletes the stored pages. All their events must have been ingested.
@@ -477,7 +470,7 @@ impl Store {
 
 fn drop_window(transaction: &Transaction<'_>) -> Result<()> {
     transaction.execute(
-        "UPDATE poll_state SET window_start = NULL, window_end = NULL, next_query = NULL",
+        "UPDATE poll_state SET window_start = NULL, window_end = NULL, next_query = NULL, idle_polls = 0",
         [],
     )?;
     Ok(())

@@ -47,9 +47,9 @@ const MAX_BYTES: usize = 8 << 20;
 /// next date agrees, so three probes suffice if the first date is wrong.
 const CLOCK_ATTEMPTS: u32 = 3;
 
-/// How many polls may use up their page budget in a window that is read again from its beginning. After that, the
-/// window counts as read at the first poll that finds nothing new.
-const MAX_RESCANS: u32 = 100;
+/// After this many polls of one window that used up their page budget without a new event, the window counts as read,
+/// since a service may return known events without end. No overlap has as many pages.
+const MAX_IDLE_POLLS: u32 = 100;
 
 /// The length of the first window without `--since`.
 const FIRST_WINDOW: Duration = Duration::from_secs(10);
@@ -63,8 +63,6 @@ struct NextPoll {
     window: Window,
     /// The query of the page from which an unfinished window continues; `None`: the window is a new one.
     next_page: Option<String>,
-    /// As in the journal's [`PollState`](crate::journal::PollState).
-    rescans_left: u32,
 }
 
 /// The handles that the poller shares with the rest of the daemon.
@@ -323,15 +321,10 @@ impl Poller {
             FetchEnd::Complete(cursor) => (cursor, PollOutcome::UpToDate),
             FetchEnd::Stuck => return self.read_again().await,
             FetchEnd::TooOld(oldest) => return self.skip_gap(oldest).await,
-            FetchEnd::Budget if progress || poll.rescans_left > 0 => {
-                return self.continue_later().await;
+            FetchEnd::Budget if self.continues(progress).await? => {
+                return Ok(PollOutcome::Incomplete);
             }
-            FetchEnd::Budget => {
-                tracing::warn!(
-                    "a poll has used up its page budget without a new event; treating it as complete"
-                );
-                (poll.window.end, PollOutcome::UpToDate)
-            }
+            FetchEnd::Budget => (poll.window.end, PollOutcome::UpToDate),
         };
         self.end_poll(cursor).await?;
         self.read_at = self.window_at.or(Some(asked_at));
@@ -373,20 +366,24 @@ impl Poller {
             .await
     }
 
-    /// The next poll continues from the page reached.
-    async fn continue_later(&self) -> Result<PollOutcome, PollError> {
-        self.journal.with(|store| store.rescan()).await?;
+    /// Whether the next poll continues from the page reached, after a poll that has used up its page budget. `progress`:
+    /// whether that poll found a new event. New events may also follow more known ones than one poll can read.
+    async fn continues(&self, progress: bool) -> Result<bool, JournalError> {
+        if !progress && self.journal.with(|store| store.count_idle_poll()).await? > MAX_IDLE_POLLS {
+            tracing::warn!(
+                "BigChat's pages do not end and have no new events; treating the window as complete"
+            );
+            return Ok(false);
+        }
         tracing::warn!(
             "a poll has used up its page budget; the next one continues from the page reached"
         );
-        Ok(PollOutcome::Incomplete)
+        Ok(true)
     }
 
     /// The next poll reads the window again from its beginning.
     async fn read_again(&self) -> Result<PollOutcome, PollError> {
-        self.journal
-            .with(|store| store.read_again(MAX_RESCANS))
-            .await?;
+        self.journal.with(|store| store.forget_window()).await?;
         Ok(PollOutcome::Incomplete)
     }
 
@@ -423,7 +420,6 @@ impl Poller {
             return Ok(NextPoll {
                 window: *window,
                 next_page: Some(next.clone()),
-                rescans_left: state.rescans_left,
             });
         }
         let cursor = match state.cursor {
@@ -454,7 +450,6 @@ impl Poller {
         Ok(NextPoll {
             window: Window::next(cursor, now, settings.poll_overlap, self.max_window),
             next_page: None,
-            rescans_left: state.rescans_left,
         })
     }
 

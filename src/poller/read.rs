@@ -81,7 +81,9 @@ impl Poller {
             let now = self.source.clock().now().unwrap_or(window.end);
             let keys = keys(&page.body);
             let next = page.next.take().filter(|next| {
-                let end = if canonical_query(next) == canonical_query(&query) || pages.has(next) {
+                // The first page is checked separately: after a pause, the earlier pages are no longer in memory.
+                let read = [window_query(window), query.clone()].map(|query| canonical_query(&query));
+                let end = if read.contains(&canonical_query(next)) || pages.has(next) {
                     Some("BigChat's pagination loops")
                 } else {
                     pages.end_of(&keys)

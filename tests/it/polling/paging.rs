@@ -1,12 +1,12 @@
 //! Windows and pages, and responses that are not pages.
 
 use crate::harness::services::{
-    NOW, Tampered, tampering, time, unix, window, with_body, with_header,
+    NOW, Tampered, quiet_log, tampering, time, unix, window, with_body, with_header,
 };
-use crate::harness::{Test, run_test, side_by_side, until};
+use crate::harness::{Test, run_test, run_with, side_by_side, until};
 use bigchat_sync::domain::time::Timestamp;
 use bigchat_sync::http::Api;
-use bigchat_sync::simulator::bigchat::{Page, page, raw};
+use bigchat_sync::simulator::bigchat::{Clock, Log, Options, Page, page, raw};
 use bigchat_sync::simulator::event::{end, message, start, transfer};
 use bigchat_sync::simulator::fault::{dropped, status};
 use std::sync::Arc;
@@ -650,46 +650,108 @@ fn reports_pages(t: &Test, pages: i64) {
     t.bigchat.reports(Page::from(vec![event(pages)]));
 }
 
-/// A poll without end pauses after its page budget, and the next poll continues from there.
+/// A poll without end pauses after its page budget, and the next poll continues from there, even if it has found nothing
+/// new.
 #[tokio::test]
 async fn poll_without_end() {
     run_test(async |t| {
-        reports_pages(t, 203);
-        t.once().await;
-        assert_eq!(t.bigchat.queries().len(), 200);
-        assert_eq!(t.our_api.messages().len(), 200);
-        t.once().await;
-        assert_eq!(t.bigchat.queries(), ["page=201", "page=202", "page=203"]);
-        assert_eq!(t.our_api.messages().len(), 203);
-
-        reports_pages(t, 203);
-        t.once().await;
-        t.once().await;
-        assert_eq!(
-            t.bigchat.queries()[200],
-            window(NOW - 5, NOW),
-            "a whole budget without a new event completes the poll"
-        );
+        let rest = ["page=201", "page=202", "page=203"];
+        for held in [200, 203] {
+            reports_pages(t, 203);
+            t.once().await;
+            assert_eq!(t.bigchat.queries().len(), 200);
+            assert_eq!(t.our_api.messages().len(), held);
+            t.once().await;
+            assert_eq!(t.bigchat.queries(), rest);
+            assert_eq!(t.our_api.messages().len(), 203);
+        }
     })
     .await;
 }
 
-/// A poll that is completed by its page budget shows that BigChat's clock advances.
+/// An overlap that fills the page budget does not hide the events after it: a short one in a burst of events, or a long
+/// one.
 #[tokio::test]
-async fn full_budget_moves_the_cursor() {
+async fn new_events_after_a_full_overlap() {
+    side_by_side([("5s", 0), ("10m", 1)], async |(overlap, apart)| {
+        let log = Log {
+            page_size: 1,
+            ..Log::default()
+        };
+        let options = Options {
+            clock: Clock::Still(NOW),
+            ..quiet_log(log)
+        };
+        run_with(options, async |t| {
+            t.set("--poll-overlap", overlap)
+                .set("--since", &time(NOW - 300));
+            t.bigchat.open(10, NOW - 300, 1);
+            for n in 0..205 {
+                let event = message(10, NOW - 2 - apart * n, &format!("text {n}"));
+                t.bigchat.reports_event(event);
+            }
+            for _ in 0..3 {
+                t.once().await;
+            }
+            assert_eq!(t.our_api.message_count(), 205);
+            t.bigchat.clock(NOW + 10);
+            t.bigchat.reports_event(message(10, NOW + 5, "new"));
+            t.bigchat.clock(NOW + 20);
+            for _ in 0..3 {
+                t.once().await;
+            }
+            let messages = t.our_api.messages();
+            assert!(messages.contains(&"new".to_owned()), "overlap {overlap}");
+        })
+        .await;
+    })
+    .await;
+}
+
+/// Known pages without end complete the poll after many polls. The cursor then moves, which shows that BigChat's clock
+/// advances.
+#[tokio::test]
+async fn known_pages_without_end() {
     run_test(async |t| {
-        reports_pages(t, 203);
-        t.once().await;
-        t.once().await;
+        reports_pages(t, 403);
+        for _ in 0..3 {
+            t.once().await;
+        }
         let before = t.cursor();
         t.execute("UPDATE poll_state SET cursor_moved_at = cursor_moved_at - 600000");
         t.bigchat.clock(NOW + 60);
-        reports_pages(t, 203);
+        reports_pages(t, 403);
+        t.execute("UPDATE poll_state SET idle_polls = 99");
+        t.once().await;
+        assert_eq!(t.cursor(), before, "the next poll continues");
         t.once().await;
         assert!(t.cursor() > before, "the cursor moves");
         let (shown, _) = t.status();
         let problems = shown["problems"].to_string();
         assert!(!problems.contains("has not advanced"), "{problems}");
+        let idle: i64 = t.value("SELECT idle_polls FROM poll_state");
+        assert_eq!(idle, 0, "the next window begins anew");
+    })
+    .await;
+}
+
+/// A link to the first page completes the poll, even after a pause.
+#[tokio::test]
+async fn link_to_the_first_page_after_a_pause() {
+    run_test(async |t| {
+        let text = |n| message(42, n, &format!("text {n}"));
+        for n in 1..=200 {
+            t.bigchat
+                .reports(page([text(n)], format!("?page={}", n + 1)));
+        }
+        t.bigchat
+            .reports(page([text(201)], format!("?{}", first_window())));
+        t.once().await;
+        t.bigchat.queries();
+        t.once().await;
+        assert_eq!(t.bigchat.queries(), ["page=201"]);
+        t.once().await;
+        assert_eq!(t.bigchat.queries(), [window(NOW - 5, NOW)]);
     })
     .await;
 }
