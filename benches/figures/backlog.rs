@@ -89,6 +89,7 @@ fn ingest(store: &mut Store, events: &[String]) {
             end: at,
         },
         events: events.len(),
+        window_at: None,
         progress: WindowProgress::Complete(at),
         body: format!(r#"{{"events":[{}],"nextPageUrl":null}}"#, events.join(",")),
     };

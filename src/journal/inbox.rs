@@ -29,8 +29,9 @@ pub struct PollState {
     /// The time up to which BigChat was read, by its clock; `None` before the first poll.
     pub cursor: Option<Timestamp>,
     pub unfinished: Option<UnfinishedWindow>,
-    /// When a window was last read to its end.
-    pub polled_at: Option<Millis>,
+    /// When the latest window that was read to its end was computed. BigChat's clock may have been ahead of the time
+    /// at which this window ends.
+    pub read_at: Option<Millis>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,6 +52,8 @@ pub struct NewPage {
     pub served_at: Timestamp,
     /// The window that is being read.
     pub window: Window,
+    /// When the window was computed; `None`: by an earlier process.
+    pub window_at: Option<Millis>,
     /// The body.
     pub body: String,
     /// The number of events on it.
@@ -152,7 +155,7 @@ impl Store {
     /// How far BigChat was read, and the unfinished window.
     pub fn poll_state(&mut self) -> Result<PollState> {
         Ok(self.connection.query_row(
-            "SELECT cursor, window_start, window_end, next_query, polled_at FROM poll_state",
+            "SELECT cursor, window_start, window_end, next_query, read_at FROM poll_state",
             [],
             |row| {
                 let window = Option::zip(row.get(1)?, row.get(2)?);
@@ -163,7 +166,7 @@ impl Store {
                         window: Window { start, end },
                         next,
                     }),
-                    polled_at: row.get(4)?,
+                    read_at: row.get(4)?,
                 })
             },
         )?)
@@ -211,6 +214,7 @@ impl Store {
         }
         drop_window(&transaction)?;
         move_cursor(&transaction, cursor, now)?;
+        transaction.execute("UPDATE poll_state SET read_at = ?1", [now])?;
         transaction.execute("DELETE FROM inbox", [])?;
         transaction.commit()?;
         Ok(new)
@@ -260,8 +264,8 @@ impl Store {
             WindowProgress::Complete(cursor) => (None, Some(cursor)),
         };
         transaction.execute(
-            "UPDATE poll_state SET window_start = ?1, window_end = ?2, next_query = ?3",
-            params![page.window.start, page.window.end, next],
+            "UPDATE poll_state SET window_start = ?1, window_end = ?2, next_query = ?3, window_at = coalesce(?4, window_at)",
+            params![page.window.start, page.window.end, next, page.window_at],
         )?;
         if let Some(cursor) = cursor {
             move_cursor(&transaction, *cursor, Millis::now())?;
@@ -425,13 +429,13 @@ impl Store {
     /// `clock_ahead`: by how many seconds BigChat's clock is ahead of this machine's.
     pub fn end_poll(&mut self, cursor: Timestamp, now: Millis, clock_ahead: i64) -> Result<()> {
         let transaction = self.begin()?;
+        transaction.execute(
+            "UPDATE poll_state SET polled_at = ?1, clock_ahead = ?2, read_at = coalesce(window_at, read_at)",
+            params![now, clock_ahead],
+        )?;
         transaction.execute("DELETE FROM inbox", [])?;
         drop_window(&transaction)?;
         move_cursor(&transaction, cursor, now)?;
-        transaction.execute(
-            "UPDATE poll_state SET polled_at = ?1, clock_ahead = ?2",
-            params![now, clock_ahead],
-        )?;
         transaction.commit()?;
         Ok(())
     }
@@ -470,7 +474,7 @@ impl Store {
 
 fn drop_window(transaction: &Transaction<'_>) -> Result<()> {
     transaction.execute(
-        "UPDATE poll_state SET window_start = NULL, window_end = NULL, next_query = NULL, idle_polls = 0",
+        "UPDATE poll_state SET window_start = NULL, window_end = NULL, next_query = NULL, window_at = NULL, idle_polls = 0",
         [],
     )?;
     Ok(())

@@ -205,6 +205,7 @@ mod tests {
             window: Window { start: at, end: at },
             body: format!(r#"{{"events":[{}]}}"#, events.join(",")),
             events: events.len(),
+            window_at: None,
             progress: WindowProgress::Complete(cursor),
         };
         store.store_page(&page).expect("a stored page");

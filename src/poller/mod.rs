@@ -110,7 +110,7 @@ pub struct Poller {
     page_wait: Wait,
     /// For retention.
     clock: SteadyClock,
-    /// When the unfinished window was computed.
+    /// When the unfinished window was computed; `None`: an earlier process computed it.
     window_at: Option<Instant>,
     /// The same for the latest window that was read to its end.
     read_at: Option<Instant>,
@@ -327,7 +327,7 @@ impl Poller {
             FetchEnd::Budget => (poll.window.end, PollOutcome::UpToDate),
         };
         self.end_poll(cursor).await?;
-        self.read_at = self.window_at.or(Some(asked_at));
+        self.read_at = self.window_at;
         if outcome == PollOutcome::UpToDate {
             self.standstill.observe(cursor, Instant::now());
         }
@@ -423,11 +423,7 @@ impl Poller {
             });
         }
         let cursor = match state.cursor {
-            // The last page of the window was stored, but the end of the window was not recorded.
-            Some(cursor) if unfinished.is_some_and(|window| window.next.is_none()) => {
-                cursor.min(now)
-            }
-            Some(cursor) => self.resumes_at(cursor, now, state.polled_at),
+            Some(cursor) => self.resumes_at(cursor, now, state.read_at),
             // A window begins before the cursor, by the overlap.
             None => {
                 let since = settings.since.map(Millis::second);
@@ -454,27 +450,23 @@ impl Poller {
     }
 
     /// The cursor, or the time of the last poll if that is earlier. The time of the last poll is BigChat's present time
-    /// minus the time elapsed since that poll. It is earlier than the cursor if the clock of BigChat, or of a server
-    /// that answered for it, was ahead at that poll. The result is never earlier than one `--max-window` before the
-    /// cursor or BigChat's present time, whichever of these is earlier.
-    fn resumes_at(
-        &self,
-        cursor: Timestamp,
-        now: Timestamp,
-        polled_at: Option<Millis>,
-    ) -> Timestamp {
+    /// minus the time elapsed since that poll computed its window. It is earlier than the cursor if the clock of
+    /// BigChat, or of a server that answered for it, was ahead at that poll, or if that poll was the last but one,
+    /// because the last one did not end. The result is never earlier than one `--max-window` before the cursor or
+    /// BigChat's present time, whichever of these is earlier.
+    fn resumes_at(&self, cursor: Timestamp, now: Timestamp, read_at: Option<Millis>) -> Timestamp {
         let latest = cursor.min(now);
         let earliest = latest.minus(self.settings.max_window);
-        let elapsed = match (self.read_at, polled_at) {
+        let elapsed = match (self.read_at, read_at) {
             (Some(at), _) => at.elapsed(),
             (None, Some(at)) if at <= Millis::now() => Millis::now().since(at),
             // This machine's clock was set back.
             (None, Some(_)) => return earliest,
             (None, None) => Duration::ZERO,
         };
-        let polled_at = now.minus(elapsed);
-        if is_ahead(cursor, polled_at) {
-            polled_at.max(earliest)
+        let read = now.minus(elapsed);
+        if is_ahead(cursor, read) {
+            read.max(earliest)
         } else {
             latest
         }
@@ -486,7 +478,7 @@ impl Poller {
             return Ok(end.min(now));
         }
         let state = self.journal.with(|store| store.poll_state()).await?;
-        Ok(self.resumes_at(end, now, state.polled_at))
+        Ok(self.resumes_at(end, now, state.read_at))
     }
 
     /// Drops old events until the next poll is due, but for at least a tenth of the interval, so that the journal does
@@ -524,6 +516,11 @@ impl Poller {
             }
         }
     }
+}
+
+/// A moment of this process by this machine's clock.
+fn by_machine_clock(at: Instant) -> Millis {
+    Millis::now().minus(at.elapsed())
 }
 
 /// Whether a time is later than BigChat's time, which has a precision of one second.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::pages::Pages;
-use super::{MAX_BYTES, MAX_PAGES, PollError, Poller};
+use super::{MAX_BYTES, MAX_PAGES, PollError, Poller, by_machine_clock};
 use crate::bigchat::{Page, canonical_query, window_query};
 use crate::domain::ids::Epoch;
 use crate::domain::time::Timestamp;
@@ -245,6 +245,7 @@ impl Poller {
             requested_in,
             served_at: page.date.unwrap_or(now),
             window,
+            window_at: self.window_at.map(by_machine_clock),
             body: page.body,
             events: page.events,
             progress,

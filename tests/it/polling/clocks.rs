@@ -3,9 +3,9 @@
 use crate::harness::services::{NOW, busy_log, quiet_log, tampering, unix, window, with_header};
 use crate::harness::{run_live_test, run_test, run_with, side_by_side, until};
 use bigchat_sync::http::Api;
-use bigchat_sync::simulator::bigchat::{Clock, Log, Options};
+use bigchat_sync::simulator::bigchat::{Clock, Log, Options, page};
 use bigchat_sync::simulator::event::{end, message, start};
-use bigchat_sync::simulator::fault::{dropped, status};
+use bigchat_sync::simulator::fault::{dropped, slow, status};
 use std::time::Duration;
 
 fn log(ahead: i64) -> Options {
@@ -204,7 +204,7 @@ async fn clock_corrected_between_processes() {
             t.once().await;
             let millis = ago * 1000;
             t.execute(&format!(
-                "UPDATE poll_state SET polled_at = polled_at - {millis}"
+                "UPDATE poll_state SET read_at = read_at - {millis}"
             ));
             t.bigchat.clock_runs(0);
             t.bigchat
@@ -292,6 +292,93 @@ async fn old_event_repeated_in_the_overlap() {
         t.bigchat.further_polls(3).await;
         until("no event waits", async || t.events("waiting") == 0).await;
         assert_eq!(t.our_api.messages(), ["one"]);
+    })
+    .await;
+}
+
+/// A page waits for BigChat's answer to the probe, and BigChat's clock, which was ahead, is corrected meanwhile. The
+/// time since that page is read, by the same process or the next.
+#[tokio::test]
+async fn clock_corrected_while_a_page_waits() {
+    side_by_side([false, true], async |is_killed| {
+        run_with(quiet_log(Log::default()), async |t| {
+            t.set("--poll-overlap", "1s").set("--retry-max", "1m");
+            t.bigchat.clock_runs(300);
+            let daemon = t.start();
+            until("a poll", async || {
+                t.is_ready() && t.value("SELECT polled_at IS NOT NULL FROM poll_state")
+            })
+            .await;
+            let details = "GET /conversations/{id}";
+            t.bigchat.upset(details, status(500).always());
+            let before = t.bigchat.count(details);
+            until("a page waits", async || {
+                t.bigchat.count(details) > before + 12
+                    && t.value("SELECT count(*) = 1 FROM inbox WHERE NOT ingested")
+            })
+            .await;
+            if is_killed {
+                daemon.crash(t).await;
+            }
+            t.bigchat.clock_runs(0);
+            tokio::time::sleep(Duration::from_millis(1500)).await;
+            t.bigchat.reports_event(message(1, t.now(), "meanwhile"));
+            tokio::time::sleep(Duration::from_secs(4)).await;
+            t.bigchat.calm();
+            if is_killed {
+                t.start();
+            }
+            t.until_events("delivered", 1).await;
+        })
+        .await;
+    })
+    .await;
+}
+
+/// A new process reads the time since the last poll began, although that poll took long and BigChat's clock was ahead.
+#[tokio::test]
+async fn clock_corrected_after_a_slow_poll() {
+    run_test(async |t| {
+        t.set("--poll-overlap", "1s");
+        t.once().await;
+        t.bigchat.clock(NOW + 300);
+        t.bigchat.reports(page([message(42, 1, "one")], "?page=2"));
+        t.bigchat.reports([message(42, 2, "two")]);
+        t.bigchat
+            .upset("GET /events?page=2", slow(Duration::from_secs(5)));
+        t.once().await;
+        t.bigchat.queries();
+        // Without the error of the clock, the poll began at `NOW`.
+        t.bigchat.clock(NOW + 5);
+        t.once().await;
+        let queries = t.bigchat.queries();
+        let start = |window: &str| window.split('&').next().map(str::to_owned);
+        assert!(start(&queries[0]) <= start(&window(NOW, 0)), "{queries:?}");
+    })
+    .await;
+}
+
+/// A window that was computed when BigChat's clock was ahead is read to its end by a later process. The time since the
+/// window was computed is read.
+#[tokio::test]
+async fn clock_corrected_within_a_window() {
+    run_test(async |t| {
+        t.once().await;
+        t.bigchat.clock(NOW + 300);
+        t.bigchat.reports(page([message(42, 1, "one")], "?page=2"));
+        t.bigchat.reports([message(42, 2, "two")]);
+        t.bigchat.upset("GET /events?page=2", status(500).times(3));
+        t.once().await;
+        // Without the error of the clock, the window was computed at `NOW`, and 301 s have passed.
+        t.execute("UPDATE poll_state SET window_at = window_at - 301000");
+        t.execute("UPDATE poll_state SET read_at = read_at - 301000");
+        t.bigchat.clock(NOW + 301);
+        t.bigchat.queries();
+        t.once().await;
+        let queries = t.bigchat.queries();
+        assert_eq!(queries[0], "page=2");
+        let start = |window: &str| window.split('&').next().map(str::to_owned);
+        assert!(start(&queries[1]) <= start(&window(NOW, 0)), "{queries:?}");
     })
     .await;
 }
