@@ -47,7 +47,7 @@ impl Store {
     ) -> Result<Pruned> {
         activity::forget(&self.connection, now)?;
         let state = self.poll_state()?;
-        let (Some(cursor), Some(polled_at)) = (state.cursor, state.polled_at) else {
+        let (Some(cursor), Some(read_at)) = (state.cursor, state.read_at) else {
             return Ok(Pruned {
                 dropped: 0,
                 is_more: false,
@@ -57,7 +57,7 @@ impl Store {
         let reach = reach + MARGIN;
         let happened_before = cursor.minus(retention.max(reach));
         // The cursor stays while BigChat is not polled.
-        let delivered_before = now.minus(retention).min(now.min(polled_at).minus(reach));
+        let delivered_before = now.minus(retention).min(now.min(read_at).minus(reach));
         let transaction = self.begin()?;
         let discarded: Vec<Option<ConversationId>> = transaction
             .prepare_cached(DROP_DISCARDED)?
@@ -198,6 +198,7 @@ mod tests {
         let connection = Connection::open_in_memory().expect("a database");
         let mut store = Store::in_memory(connection, true).expect("a journal");
         let (at, cursor) = (Timestamp::clamped(at), Timestamp::clamped(cursor));
+        let read_at = Millis(cursor.unix() * 1000);
         let page = NewPage {
             query: String::new(),
             requested_in: Epoch(1),
@@ -205,7 +206,7 @@ mod tests {
             window: Window { start: at, end: at },
             body: format!(r#"{{"events":[{}]}}"#, events.join(",")),
             events: events.len(),
-            window_at: None,
+            window_at: Some(read_at),
             progress: WindowProgress::Complete(cursor),
         };
         store.store_page(&page).expect("a stored page");
@@ -216,8 +217,7 @@ mod tests {
                 .ingest(&page, Epoch(1), false, &received, &[], now)
                 .expect("events");
         }
-        let polled_at = Millis(cursor.unix() * 1000);
-        let ended = store.end_poll(cursor, polled_at, 0);
+        let ended = store.end_poll(cursor, read_at, 0);
         ended.expect("the end of a poll");
         store
     }
