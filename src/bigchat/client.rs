@@ -148,8 +148,9 @@ impl BigChat {
         parse: impl FnOnce(&mut Response) -> std::result::Result<T, String>,
     ) -> Result<T> {
         let sent = self.http.send(target, None).await;
-        self.clock
-            .observe(sent.as_ref().ok().and_then(|response| response.date));
+        if let Ok(response) = &sent {
+            self.clock.observe(response.date);
+        }
         self.http.conclude(target, None, sent, parse)
     }
 }

@@ -48,6 +48,8 @@ struct Readings {
     believed: Option<Reading>,
     /// A date that has jumped, and the number of the poll that first saw it.
     doubted: Option<(Reading, u64)>,
+    /// Whether a response had no valid date.
+    undated: bool,
     polls: u64,
 }
 
@@ -72,10 +74,13 @@ impl Reading {
 impl BigChatClock {
     /// Records the date of a response; `None` if it had no valid one.
     pub fn observe(&self, date: Option<Timestamp>) {
-        if let Some(date) = date {
-            let at = Instant::now();
-            let this_machine = Timestamp::of_this_machine();
-            lock(&self.readings).observe(Reading { date, at }, this_machine);
+        let mut readings = lock(&self.readings);
+        match date {
+            None => readings.undated = true,
+            Some(date) => {
+                let at = Instant::now();
+                readings.observe(Reading { date, at }, Timestamp::of_this_machine());
+            }
         }
     }
 
@@ -87,6 +92,13 @@ impl BigChatClock {
     /// Whether a date is believed. If not, another response is needed.
     pub fn is_sure(&self) -> bool {
         lock(&self.readings).believed.is_some()
+    }
+
+    /// Whether BigChat has answered, and its answers show what its time is: by a date that is believed, or because they
+    /// have no date, so that this machine's clock stands in.
+    pub fn has_answered(&self) -> bool {
+        let readings = lock(&self.readings);
+        readings.believed.is_some() || readings.undated && readings.doubted.is_none()
     }
 
     /// BigChat's time: its last believed date, or else its first date, plus the monotonic time since; `None` before the

@@ -29,8 +29,8 @@ pub struct PollState {
     /// The time up to which BigChat was read, by its clock; `None` before the first poll.
     pub cursor: Option<Timestamp>,
     pub unfinished: Option<UnfinishedWindow>,
-    /// When the latest window that was read to its end was computed. BigChat's clock may have been ahead of the time
-    /// at which this window ends.
+    /// When the latest window that was read to its end was computed, or else when the daemon first started. BigChat's
+    /// clock may have been wrong at that time.
     pub read_at: Option<Millis>,
 }
 
@@ -172,11 +172,19 @@ impl Store {
         )?)
     }
 
-    /// Sets the cursor, and drops the unfinished window.
-    pub fn set_cursor(&mut self, cursor: Timestamp, now: Millis) -> Result<()> {
+    /// Records when the daemon first started, unless that is recorded already, and the first cursor once it is known.
+    pub fn begin_reading(
+        &mut self,
+        started_at: Millis,
+        cursor: Option<Timestamp>,
+        now: Millis,
+    ) -> Result<()> {
         let transaction = self.begin()?;
-        drop_window(&transaction)?;
-        move_cursor(&transaction, cursor, now)?;
+        let sql = "UPDATE poll_state SET read_at = coalesce(read_at, ?1)";
+        transaction.execute(sql, [started_at])?;
+        if let Some(cursor) = cursor {
+            move_cursor(&transaction, cursor, now)?;
+        }
         transaction.commit()?;
         Ok(())
     }
@@ -440,7 +448,7 @@ impl Store {
         Ok(())
     }
 
-    /// Drops the unfinished window with its pages.
+    /// Drops the unfinished window and its pages. All their events must have been ingested.
     pub fn forget_window(&mut self) -> Result<()> {
         let transaction = self.begin()?;
         transaction.execute("DELETE FROM inbox", [])?;
@@ -454,12 +462,6 @@ impl Store {
     pub fn count_idle_poll(&mut self) -> Result<u32> {
         let sql = "UPDATE poll_state SET idle_polls = idle_polls + 1 RETURNING idle_polls";
         Ok(self.connection.query_row(sql, [], |row| row.get(0))?)
-    }
-
-    /// Deletes the stored pages. All their events must have been ingested.
-    pub fn forget_pages(&mut self) -> Result<()> {
-        self.connection.execute("DELETE FROM inbox", [])?;
-        Ok(())
     }
 
     /// Deletes all stored pages except the last.

@@ -406,70 +406,87 @@ impl Poller {
 
     /// The rest of the unfinished window, or else the next window.
     async fn next_poll(&mut self, now: Timestamp) -> Result<NextPoll, PollError> {
-        let settings = &self.settings;
         let state = self.journal.with(|store| store.poll_state()).await?;
-        let unfinished = state.unfinished.as_ref();
         // A window whose next page is its first one was not read at all. It is computed anew, because BigChat may have
         // rejected its length.
         if let Some(UnfinishedWindow {
             window,
             next: Some(next),
-        }) = unfinished
-            && *next != window_query(*window)
+        }) = state.unfinished
+            && next != window_query(window)
         {
             return Ok(NextPoll {
-                window: *window,
-                next_page: Some(next.clone()),
+                window,
+                next_page: Some(next),
             });
         }
         let cursor = match state.cursor {
             Some(cursor) => self.resumes_at(cursor, now, state.read_at),
-            // A window begins before the cursor, by the overlap.
-            None => {
-                let since = settings.since.map(Millis::second);
-                if let Some(since) = since.filter(|since| *since > now) {
-                    tracing::warn!(%since, date = %now, "--since is in the future; reading BigChat from the current time instead");
-                }
-                since
-                    .unwrap_or(now.minus(FIRST_WINDOW))
-                    .plus(settings.poll_overlap)
-            }
+            None => self.first_cursor(now, state.read_at).await?,
         };
-        // A stored cursor that is ahead of `now` moves back only after the window was read. Until BigChat answers,
-        // `now` may be this machine's time, which may be wrong.
-        if state.cursor.is_none() || unfinished.is_some() {
-            let cursor = state.cursor.unwrap_or(cursor.min(now));
-            self.journal
-                .with(move |store| store.set_cursor(cursor, Millis::now()))
-                .await?;
-        }
         Ok(NextPoll {
-            window: Window::next(cursor, now, settings.poll_overlap, self.max_window),
+            window: Window::next(cursor, now, self.settings.poll_overlap, self.max_window),
             next_page: None,
         })
     }
 
-    /// The cursor, or the time of the last poll if that is earlier. The time of the last poll is BigChat's present time
-    /// minus the time elapsed since that poll computed its window. It is earlier than the cursor if the clock of
-    /// BigChat, or of a server that answered for it, was ahead at that poll, or if that poll was the last but one,
-    /// because the last one did not end. The result is never earlier than one `--max-window` before the cursor or
-    /// BigChat's present time, whichever of these is earlier.
+    /// The cursor before the first poll: `--since`, or [`FIRST_WINDOW`] before the first start, by BigChat's clock. It is
+    /// stored once BigChat has answered. Until then, `now` is this machine's time, which may be wrong.
+    async fn first_cursor(
+        &mut self,
+        now: Timestamp,
+        read_at: Option<Millis>,
+    ) -> Result<Timestamp, JournalError> {
+        let has_answered = self.source.clock().has_answered();
+        if read_at.is_none() {
+            self.read_at = Some(self.created_at);
+        }
+        let started_at = self
+            .read_time(now, read_at)
+            .filter(|started_at| is_ahead(now, *started_at))
+            .unwrap_or(now);
+        let since = self.settings.since.map(Millis::second);
+        // A window begins before the cursor, by the overlap.
+        let cursor = since
+            .unwrap_or(started_at.minus(FIRST_WINDOW))
+            .plus(self.settings.poll_overlap)
+            .min(now);
+        if let Some(since) = since.filter(|since| has_answered && *since > now) {
+            tracing::warn!(%since, date = %now, "--since is in the future; reading BigChat from the current time instead");
+        }
+        if has_answered || read_at.is_none() {
+            let started_at = by_machine_clock(self.created_at);
+            let cursor = has_answered.then_some(cursor);
+            self.journal
+                .with(move |store| store.begin_reading(started_at, cursor, Millis::now()))
+                .await?;
+        }
+        Ok(cursor)
+    }
+
+    /// The cursor, or the time of the last poll if that is earlier, because the clock of BigChat, or of a server that
+    /// answered for it, was ahead at that poll, or because a later poll has not ended. The result is never earlier than
+    /// one `--max-window` before the cursor or BigChat's present time, whichever of these is earlier.
     fn resumes_at(&self, cursor: Timestamp, now: Timestamp, read_at: Option<Millis>) -> Timestamp {
         let latest = cursor.min(now);
         let earliest = latest.minus(self.settings.max_window);
+        match self.read_time(now, read_at) {
+            Some(read) if is_ahead(cursor, read) => read.max(earliest),
+            Some(_) => latest,
+            None => earliest,
+        }
+    }
+
+    /// The time of the last poll: BigChat's present time minus the time elapsed since that poll computed its window.
+    /// `None`: unknown, because this machine's clock was set back.
+    fn read_time(&self, now: Timestamp, read_at: Option<Millis>) -> Option<Timestamp> {
         let elapsed = match (self.read_at, read_at) {
             (Some(at), _) => at.elapsed(),
             (None, Some(at)) if at <= Millis::now() => Millis::now().since(at),
-            // This machine's clock was set back.
-            (None, Some(_)) => return earliest,
+            (None, Some(_)) => return None,
             (None, None) => Duration::ZERO,
         };
-        let read = now.minus(elapsed);
-        if is_ahead(cursor, read) {
-            read.max(earliest)
-        } else {
-            latest
-        }
+        Some(now.minus(elapsed))
     }
 
     /// The cursor after a window: its end, unless BigChat's clock has been set back since the window was computed.

@@ -34,10 +34,10 @@ impl Pages {
         Ok(pages)
     }
 
-    /// Drops the pages, so that counting starts anew.
+    /// Drops the pages and their window, so that counting starts anew.
     pub(super) async fn clear(&mut self, journal: &Journal) -> Result<(), JournalError> {
         if !self.keys.is_empty() {
-            journal.with(|store| store.forget_pages()).await?;
+            journal.with(|store| store.forget_window()).await?;
             *self = Self::default();
         }
         Ok(())

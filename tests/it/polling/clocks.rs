@@ -1,6 +1,8 @@
 //! Wrong or stepping clocks: nothing is lost, no window is in BigChat's future, and the poll interval stays the same.
 
-use crate::harness::services::{NOW, busy_log, quiet_log, tampering, unix, window, with_header};
+use crate::harness::services::{
+    NOW, busy_log, quiet_log, tampering, time, unix, window, with_header,
+};
 use crate::harness::{run_live_test, run_test, run_with, side_by_side, until};
 use bigchat_sync::http::Api;
 use bigchat_sync::simulator::bigchat::{Clock, Log, Options, page};
@@ -379,6 +381,40 @@ async fn clock_corrected_within_a_window() {
         assert_eq!(queries[0], "page=2");
         let start = |window: &str| window.split('&').next().map(str::to_owned);
         assert!(start(&queries[1]) <= start(&window(NOW, 0)), "{queries:?}");
+    })
+    .await;
+}
+
+/// Until BigChat has answered, this machine's clock does not determine where reading begins. It begins at `--since`, or
+/// 10 s before the first start.
+#[tokio::test]
+async fn machine_clock_behind_at_the_first_start() {
+    side_by_side([(None, 70), (Some(300), 300)], async |(since, age)| {
+        run_live_test(async |t| {
+            t.bigchat.clock_runs(86_400);
+            if let Some(since) = since {
+                t.set("--since", &time(t.now() - since));
+            }
+            t.bigchat.outage(Some(dropped()));
+            t.once().await;
+            assert_eq!(t.cursor(), None);
+            // As if the first start had been a minute ago.
+            t.execute("UPDATE poll_state SET read_at = read_at - 60000");
+            t.bigchat.outage(None);
+            t.bigchat.queries();
+            let began = t.now() - age;
+            t.once().await;
+            let queries = t.bigchat.queries();
+            assert_eq!(queries.len(), 1, "{since:?}: {queries:?}");
+            let start = |window: &str| window.split('&').next().map(str::to_owned);
+            let (earliest, latest) = (window(began - 3, 0), window(began + 3, 0));
+            let possible = start(&earliest)..=start(&latest);
+            assert!(
+                possible.contains(&start(&queries[0])),
+                "{since:?}: {queries:?}"
+            );
+        })
+        .await;
     })
     .await;
 }
