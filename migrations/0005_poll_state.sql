@@ -7,3 +7,5 @@ UPDATE poll_state SET idle_polls = 0;
 ALTER TABLE poll_state ADD COLUMN window_at INTEGER; -- when the window of the poll in progress was computed
 ALTER TABLE poll_state ADD COLUMN read_at INTEGER;   -- the same of the latest window that was read to its end; before: the first start
 UPDATE poll_state SET read_at = polled_at;
+
+ALTER TABLE poll_state ADD COLUMN page_at INTEGER;   -- when a page was last stored

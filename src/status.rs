@@ -14,11 +14,11 @@ use crate::http::{Api, ApiState, ApiStatus, RateLimit};
 use crate::journal::{Figures, JournalError, Refusal, Store};
 use crate::version;
 
-/// How many poll intervals a running daemon may go without a completed poll; at least [`NO_POLL`].
+/// For how many poll intervals a running daemon may read nothing from BigChat; at least [`NOT_READ`].
 const INTERVALS: u32 = 3;
 
-/// How long a running daemon may go without a completed poll, however short its poll interval is.
-const NO_POLL: Duration = Duration::from_secs(30);
+/// For how long a running daemon may read nothing from BigChat, however short its poll interval is.
+const NOT_READ: Duration = Duration::from_secs(30);
 
 /// How many poll intervals the poller may be behind BigChat's clock; at least [`LATE`].
 const INTERVALS_BEHIND: u32 = 6;
@@ -252,7 +252,7 @@ impl Problems<'_> {
             cursor_moved_at,
             ..
         } = self.figures;
-        let Some(polled_at) = *polled_at else {
+        let Some(last_read) = self.figures.last_read() else {
             return self.add(
                 "no poll of BigChat has been completed yet",
                 "wait for the first poll; if this persists, see the log",
@@ -261,16 +261,18 @@ impl Problems<'_> {
         let poll_interval = stored_seconds(self.figures.poll_interval_s);
         let max_behind = LATE.max(poll_interval.saturating_mul(INTERVALS_BEHIND));
         let can_poll = self.daemon_runs && !bigchat.is_down() && bigchat.long_limit().is_none();
-        let no_poll = match can_poll {
-            true => NO_POLL.max(poll_interval.saturating_mul(INTERVALS)),
+        let max_unread = match can_poll {
+            true => NOT_READ.max(poll_interval.saturating_mul(INTERVALS)),
             false => max_behind,
         };
-        let unpolled = self.now.since(polled_at);
+        let unread = self.now.since(last_read);
         let behind = behind_s.map(seconds).unwrap_or_default();
-        let unmoved = cursor_moved_at.map_or(Duration::ZERO, |moved| polled_at.since(moved));
-        if unpolled > no_poll {
+        let unmoved = polled_at
+            .zip(*cursor_moved_at)
+            .map_or(Duration::ZERO, |(polled_at, moved)| polled_at.since(moved));
+        if unread > max_unread {
             self.add(
-                format!("no poll has been completed for {}", duration(unpolled)),
+                format!("nothing has been read from BigChat for {}", duration(unread)),
                 "no new events arrive; start the daemon if it is not running, otherwise see the other problems, `bigchat-sync check` and the log",
             );
         } else if behind > max_behind {

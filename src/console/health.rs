@@ -172,10 +172,10 @@ fn of_journal(now: &mut Now, status: &Status) {
     let Status {
         figures, database, ..
     } = status;
-    if let Some(at) = figures.polled_at {
+    if let Some(at) = figures.last_read() {
         now.gauge(
             "last_poll_timestamp_seconds",
-            "When a poll last read its window to the end",
+            "When BigChat was last read: a poll was completed, or a page of an unfinished one was stored",
             at.0 as f64 / 1e3,
         );
     }

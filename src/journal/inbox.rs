@@ -271,12 +271,14 @@ impl Store {
             WindowProgress::Next(query) => (Some(query), None),
             WindowProgress::Complete(cursor) => (None, Some(cursor)),
         };
+        let now = Millis::now();
         transaction.execute(
-            "UPDATE poll_state SET window_start = ?1, window_end = ?2, next_query = ?3, window_at = coalesce(?4, window_at)",
-            params![page.window.start, page.window.end, next, page.window_at],
+            "UPDATE poll_state SET window_start = ?1, window_end = ?2, next_query = ?3, page_at = ?5,
+                window_at = coalesce(?4, window_at)",
+            params![page.window.start, page.window.end, next, page.window_at, now],
         )?;
         if let Some(cursor) = cursor {
-            move_cursor(&transaction, *cursor, Millis::now())?;
+            move_cursor(&transaction, *cursor, now)?;
         }
         transaction.commit()?;
         Ok(id)

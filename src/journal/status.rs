@@ -140,6 +140,8 @@ pub struct Figures {
     pub verify_every_s: Option<f64>,
     /// When a poll last read its window to the end.
     pub polled_at: Option<Millis>,
+    /// When a page of a window was last stored. A long window takes several polls.
+    pub page_at: Option<Millis>,
     /// The time up to which BigChat was read, by its clock.
     pub cursor_at: Option<Timestamp>,
     /// How far that is behind BigChat's clock, in seconds.
@@ -192,6 +194,13 @@ pub struct Figures {
     pub disk_free_bytes: Option<u64>,
 }
 
+impl Figures {
+    /// When BigChat was last read: a poll completed, or a page was stored since; `None`: no poll has completed yet.
+    pub fn last_read(&self) -> Option<Millis> {
+        self.polled_at.and(self.polled_at.max(self.page_at))
+    }
+}
+
 impl Store {
     /// The current figures.
     pub fn figures(&mut self, now: Millis) -> Result<Figures> {
@@ -231,6 +240,7 @@ impl Store {
             poll_interval_s,
             verify_every_s,
             polled_at: source.polled_at,
+            page_at: source.page_at,
             cursor_at: source.cursor,
             behind_s: source.behind,
             clock_ahead_s: source.clock_ahead,
@@ -266,6 +276,7 @@ impl Store {
 
 struct Read {
     polled_at: Option<Millis>,
+    page_at: Option<Millis>,
     cursor: Option<Timestamp>,
     behind: Option<i64>,
     clock_ahead: Option<i64>,
@@ -276,7 +287,7 @@ struct Read {
 fn source(connection: &Connection, now: Millis) -> Result<Read> {
     Ok(connection
         .prepare_cached(
-            "SELECT polled_at, cursor, clock_ahead, newest_event, cursor_moved_at FROM poll_state",
+            "SELECT polled_at, cursor, clock_ahead, newest_event, cursor_moved_at, page_at FROM poll_state",
         )?
         .query_row([], |row| {
             let cursor: Option<Timestamp> = row.get(1)?;
@@ -284,6 +295,7 @@ fn source(connection: &Connection, now: Millis) -> Result<Read> {
             let there = ahead.map(|ahead| now.0.div_euclid(1000).saturating_add(ahead));
             Ok(Read {
                 polled_at: row.get(0)?,
+                page_at: row.get(5)?,
                 cursor,
                 behind: there
                     .zip(cursor)

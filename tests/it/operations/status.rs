@@ -7,6 +7,7 @@ use crate::harness::{Bench, Daemon, Test, run_live_test, side_by_side, until};
 use bigchat_sync::domain::time::Millis;
 use bigchat_sync::http::Api;
 use bigchat_sync::journal::Store;
+use bigchat_sync::simulator::bigchat::page;
 use bigchat_sync::simulator::event::{end, message};
 use bigchat_sync::simulator::fault::{overdue, status};
 use std::process::Output;
@@ -499,6 +500,34 @@ async fn status_after_the_clock_was_ahead() {
         }
         assert_eq!(status["delivery_ms"], Value::Null);
         assert_eq!(status["recent_losses"], 0);
+    })
+    .await;
+}
+
+/// While a long window is read over several polls, events arrive.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn status_while_a_long_window_is_read() {
+    run_live_test(async |t| {
+        t.set("--poll-interval", "1s");
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        t.start();
+        t.until_polled().await;
+        until("a poll is completed", async || t.status().1).await;
+        for n in 1..450 {
+            let event = message(10, now - 5, &format!("text {n}"));
+            t.bigchat.reports(page([event], format!("?page={}", n + 1)));
+        }
+        t.bigchat.reports([message(10, now - 4, "last")]);
+        until("a budget is used up", async || {
+            t.count_events("true") >= 400
+        })
+        .await;
+        t.execute("UPDATE poll_state SET polled_at = polled_at - 40000");
+        let (status, _) = t.status();
+        let problems = status["problems"].to_string();
+        assert!(t.count_events("true") < 450, "it is still being read");
+        assert!(!problems.contains("no new events arrive"), "{problems}");
     })
     .await;
 }

@@ -545,7 +545,7 @@ async fn status_on_full_disk() {
     .await;
 }
 
-/// It is a problem only if no poll has completed for several poll intervals.
+/// It is a problem only if nothing has been read for several poll intervals.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn status_without_completed_poll() {
     run_live_test(async |t| {
@@ -553,13 +553,15 @@ async fn status_without_completed_poll() {
         let daemon = t.start();
         t.until_polled().await;
         until("a poll is completed", async || t.status().1).await;
-        t.execute("UPDATE poll_state SET polled_at = polled_at - 100000");
+        t.execute(
+            "UPDATE poll_state SET polled_at = polled_at - 100000, page_at = polled_at - 100000",
+        );
         assert!(t.status().1, "less than three intervals");
         t.execute("UPDATE control SET poll_interval = 10");
         let (status, healthy) = t.status();
         let what = status["problems"][0]["what"].as_str().unwrap_or_default();
         assert!(
-            !healthy && what.starts_with("no poll has been completed for "),
+            !healthy && what.starts_with("nothing has been read from BigChat for "),
             "{status}"
         );
         daemon.stop().await;
