@@ -50,8 +50,11 @@ pub enum DaemonError {
     /// The operating system refused a thread or a signal handler.
     #[error("the operating system reports an error: {0}")]
     System(#[from] std::io::Error),
-    /// The daemon was stopped while the disk refused events that BigChat had reported.
-    #[error("stopped while the database could not be written; reported events that are lost: {0}")]
+    /// The daemon was stopped while the disk refused events that BigChat had reported. If the disk only hangs, they may
+    /// still be stored.
+    #[error(
+        "stopped while the database could not be written; reported events that may be lost: {0}"
+    )]
     Unstored(usize),
     /// The database was deleted or replaced while the daemon was running. The events waiting in it are lost.
     #[error(
