@@ -337,13 +337,20 @@ impl Store {
     }
 }
 
-/// Forgets which advisors BigChat denies and which agents OurAPI denies, so that they are asked for again. Their
-/// denials stay counted, so a single further one is believed. Advisors of earlier epochs stay denied.
+/// Forgets which advisors and conversations BigChat denies and which agents OurAPI denies, so that they are asked for
+/// again. Their denials stay counted, so a single further one is believed. Those of earlier epochs stay denied.
 pub(super) fn ask_again(connection: &Connection) -> Result<()> {
     connection.execute("DELETE FROM agents WHERE agent_id IS NULL", [])?;
     connection.execute(
         "DELETE FROM advisors WHERE name IS NULL AND epoch = (SELECT max(id) FROM epochs)",
         [],
+    )?;
+    // By the denials, since there is no index of the conversations' details.
+    connection.execute(
+        "UPDATE conversations SET details = 'unread'
+         WHERE details = 'gone' AND chat_agent IS NULL AND transfer_advisor IS NULL AND (epoch, bigchat_id) IN (
+            SELECT epoch, bigchat_id FROM denials WHERE epoch = (SELECT max(id) FROM epochs) AND what = ?1)",
+        [Denial::Conversation],
     )?;
     Ok(())
 }

@@ -2,8 +2,9 @@
 
 use super::Reconciliation;
 use super::read_back::Needed;
+use crate::bigchat::{SourceError, details};
 use crate::delivery::attempts::AttemptError;
-use crate::domain::conversation::{Desired, Details, Fields, Pending};
+use crate::domain::conversation::{Conversation, Desired, Details, Fields, Pending};
 use crate::domain::progress::{Effect, Observation};
 use crate::domain::time::Timestamp;
 use crate::http::{ErrorKind, Resource};
@@ -16,6 +17,28 @@ impl Reconciliation {
         let is_complete = desired.started_at.is_some() && desired.transfer.is_some();
         let is_unread = self.conversation.details == Details::Unread;
         self.conversation.observed.chat.is_none() && is_unread && !is_complete
+    }
+
+    /// Reads the details of a conversation that BigChat has denied, if its chat has no agent. If BigChat does not answer,
+    /// the next verification asks again.
+    pub(super) async fn read_denied_details(
+        &mut self,
+        found: &our_api::Chat,
+    ) -> Result<(), AttemptError> {
+        let Conversation {
+            details,
+            desired,
+            observed,
+            ..
+        } = &self.conversation;
+        let has_agent = observed.agent.or(found.agent_id).is_some();
+        if *details != Details::Unread || desired.advisor().is_some() || has_agent {
+            return Ok(());
+        }
+        match details::read(&self.delivery.source, &mut self.conversation).await {
+            Err(SourceError::Journal(error)) => Err(error.into()),
+            Ok(()) | Err(SourceError::Api(_)) => Ok(()),
+        }
     }
 
     /// The desired fields of the chat. `changes` are already folded into `desired`.

@@ -48,6 +48,7 @@ impl Reconciliation {
         }
         let recorded = self.recorded().await.map_err(failed)?;
         let accounting = account::account(held, &recorded);
+        self.read_denied_details(&found).await.map_err(failed)?;
         let compared = self.compare_fields(&found).await;
         let (merged, mut result) = compared.map_err(failed)?;
         let observed = self.observed_after(verify.mode, &found, merged, &result);

@@ -603,6 +603,41 @@ async fn denied_advisor_has_an_agent_after_the_next_pass() {
     .await;
 }
 
+/// If BigChat denies a conversation, the next pass asks again and sets the agent, unless another client has set one.
+#[tokio::test]
+async fn denied_conversation_has_an_agent_after_the_next_pass() {
+    side_by_side([false, true], async |is_set| {
+        run_test(async |t| {
+            let details = "GET /conversations/42";
+            t.bigchat.upset(details, status(404).always());
+            let daemon = t.start();
+            t.delivers([start(42, 0), message(42, 1, "hello")]).await;
+            daemon.stop().await;
+            assert_eq!(t.bigchat.count(details), 3);
+            make_a_pass(t).await;
+            assert_eq!(t.bigchat.count(details), 4, "one is enough now");
+            assert_eq!(t.our_api.chats(), ["42 22:00:00 - -"]);
+            if is_set {
+                t.differs("another client changes a chat");
+                t.our_api.has_agent("b9", "Bob", "bob@x.test");
+                another_client_changes(t, "42", &json!({"agent_id": id("b9")})).await;
+            }
+            t.bigchat.calm();
+            make_a_pass(t).await;
+            let agent = if is_set { "b9" } else { "a1" };
+            let expected = [format!("42 22:00:00 - {agent}")];
+            assert_eq!(t.our_api.chats(), expected);
+            t.our_api.asked();
+            make_a_pass(t).await;
+            t.start();
+            t.delivers([message(42, 2, "again")]).await;
+            assert_eq!(t.our_api.chats(), expected);
+        })
+        .await;
+    })
+    .await;
+}
+
 /// A 404 of another service does not prove that an agent is gone.
 #[tokio::test]
 async fn agent_of_another_client_and_a_404() {
