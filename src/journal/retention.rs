@@ -14,6 +14,9 @@ use crate::domain::time::{Millis, Timestamp};
 /// MESSAGE can be dated before its START.
 const MARGIN: Duration = Duration::from_secs(60);
 
+/// Of how many conversations the credits are dropped at once, so that other operations do not wait.
+const CREDITS_BATCH: u32 = 500;
+
 /// The result of [`Store::prune`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pruned {
@@ -122,6 +125,37 @@ impl Store {
             is_more: dropped >= at_most || is_limited,
             before: latest.map(|latest| latest.plus(MARGIN)),
         })
+    }
+
+    /// Drops the credits of conversations of which no event waits, because they contain the text of messages that may
+    /// have been dropped. A later event may still match one if its window begins before the session, at `started_at`, so
+    /// nothing is dropped as long as the next window does. Should a later one do, the chats count as not read.
+    pub fn drop_credits(&mut self, started_at: Timestamp, overlap: Duration) -> Result<()> {
+        let cursor = self.poll_state()?.cursor;
+        if cursor.is_none_or(|cursor| cursor.minus(overlap) < started_at) {
+            return Ok(());
+        }
+        let conversations: Vec<ConversationId> = self
+            .connection
+            .prepare_cached(
+                "SELECT DISTINCT r.conversation FROM credits r JOIN conversations c ON c.id = r.conversation
+                 WHERE c.waiting = 0 LIMIT ?1",
+            )?
+            .query_map([CREDITS_BATCH], |row| row.get(0))?
+            .collect::<rusqlite::Result<_>>()?;
+        if conversations.is_empty() {
+            return Ok(());
+        }
+        let transaction = self.begin()?;
+        for conversation in conversations {
+            for sql in [
+                "DELETE FROM credits WHERE conversation = ?1",
+                "UPDATE conversations SET read_in_session = 0 WHERE id = ?1",
+            ] {
+                transaction.prepare_cached(sql)?.execute([conversation])?;
+            }
+        }
+        Ok(transaction.commit()?)
     }
 }
 

@@ -508,14 +508,19 @@ impl Poller {
             poll_interval,
             ..
         } = self.settings;
-        let reach = poll_overlap + max_window;
+        let (reach, started_at) = (poll_overlap + max_window, self.started_at);
         let until = next_poll.max(Instant::now() + poll_interval / 10);
         loop {
             let bigchat = self.source.clock().now();
             let now = self.clock.read(Millis::now(), Instant::now(), bigchat);
             let pruned = self
                 .journal
-                .with(move |store| store.prune(retention, reach, now, PRUNE_BATCH))
+                .with(move |store| {
+                    if let Some(started_at) = started_at {
+                        store.drop_credits(started_at, poll_overlap)?;
+                    }
+                    store.prune(retention, reach, now, PRUNE_BATCH)
+                })
                 .await;
             if let Ok(pruned) = &pruned {
                 self.dropped_before = self.dropped_before.max(pruned.before);

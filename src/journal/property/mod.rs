@@ -282,6 +282,13 @@ impl Pair {
                 self.plain.now += after;
                 self.ingest(&[]);
                 self.prune(at_most);
+                let started_at = Timestamp::clamped(START);
+                self.store
+                    .drop_credits(started_at, OVERLAP)
+                    .expect("credits are dropped");
+                if self.plain.now >= (START + OVERLAP.as_secs().cast_signed()) * 1000 {
+                    self.plain.drop_credits();
+                }
             }
         }
         self.compare();

@@ -325,6 +325,19 @@ impl Plain {
         next
     }
 
+    /// Credits are dropped, unless an event waits that may match one. A later event may also match one.
+    pub(super) fn drop_credits(&mut self) {
+        let ids: Vec<i64> = self.conversations.keys().copied().collect();
+        for id in ids {
+            let waits = !self.waiting(id).is_empty();
+            let conversation = self.conversation(id);
+            if !waits && !conversation.credits.is_empty() {
+                conversation.credits.clear();
+                conversation.is_read = false;
+            }
+        }
+    }
+
     /// Whether the journal has events of a conversation.
     fn has_events(&self, id: i64) -> bool {
         self.events.values().any(|event| event.conversation == id)

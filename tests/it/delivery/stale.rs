@@ -585,3 +585,29 @@ async fn agent_restored_with_an_end() {
     })
     .await;
 }
+
+/// Reading a chat back does not bring the text of dropped messages back into the database.
+#[tokio::test]
+async fn text_beyond_the_retention() {
+    run_test(async |t| {
+        // Without an overlap, the next window begins after the daemon's start.
+        t.set("--retention", "1h").set("--poll-overlap", "0s");
+        t.start();
+        t.delivers([start(42, 0), message(42, 5, "S3cret")]).await;
+        t.execute("UPDATE deliveries SET delivered_at = delivered_at - 7200000");
+        t.bigchat.clock(3 * 3600);
+        until("the events are dropped", async || {
+            t.value::<i64>("SELECT count(*) FROM events") == 0
+        })
+        .await;
+        t.our_api
+            .upset("POST /chats/{id}/messages", dropped().carried_out());
+        t.bigchat.reports([message(42, 3 * 3600 - 5, "much later")]);
+        t.until_events("delivered", 1).await;
+        until("nothing is left of its text", async || {
+            t.value::<i64>("SELECT count(*) FROM credits") == 0
+        })
+        .await;
+    })
+    .await;
+}
