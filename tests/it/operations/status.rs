@@ -428,8 +428,9 @@ async fn wait_begins_with_the_retry() {
             assert!(oldest.since >= before, "{oldest:?}");
             until_problems(t, &["no daemon is running"]).await;
             // A failed attempt does not change that.
-            t.our_api.upset(ADD_MESSAGE, status(503));
+            t.our_api.outage(Some(status(503)));
             t.once().await;
+            t.our_api.outage(None);
             let figures = store.figures(Millis::now()).expect("the figures");
             let oldest = figures.oldest_waiting.expect("it waits again");
             assert!(oldest.since >= before, "{oldest:?}");
