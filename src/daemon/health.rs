@@ -21,8 +21,7 @@ const STORE_EVERY: Duration = Duration::from_secs(10);
 
 /// Restores the state of both APIs from the end of the last session.
 ///
-/// If the base URL is the same, "up" and a rate limit in force are restored, and "down" if a request will be sent soon.
-/// Otherwise the state is unknown.
+/// If the base URL is the same, "up", "down" and a rate limit in force are restored. Otherwise the state is unknown.
 pub(super) async fn recall(parts: &Parts) {
     for api in Api::ALL {
         let here = parts.apis.of(api).base().clone();
@@ -30,12 +29,7 @@ pub(super) async fn recall(parts: &Parts) {
             let now = Millis::now();
             let status = store.api(api)?.without_passed_limit(now);
             let is_this = status.is_of(&here);
-            let is_asked = api == Api::BigChat || store.is_any_waiting()?;
-            let is_known = match status.state {
-                ApiState::Unknown | ApiState::Failing => false,
-                ApiState::Up => true,
-                ApiState::Down => is_asked,
-            };
+            let is_known = matches!(status.state, ApiState::Up | ApiState::Down);
             if is_this && is_known {
                 return Ok(status);
             }

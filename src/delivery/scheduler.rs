@@ -346,6 +346,7 @@ impl Scheduler {
                 work,
                 is_more,
                 next_due,
+                nothing_waits,
             }) => {
                 if self.uncommitted() == 0 {
                     self.delivery.storage.delivery.succeeded();
@@ -356,6 +357,9 @@ impl Scheduler {
                     self.pass.is_unfinished = true;
                 } else if self.pass.was_queried && work.is_empty() {
                     self.pass.is_unfinished = false;
+                }
+                if nothing_waits && !self.pass.is_unfinished {
+                    self.delivery.our_api.http().forget_failures();
                 }
                 self.query_in = next_due.map_or(QUERY_EVERY, |due| {
                     due.since(self.last_query).min(QUERY_EVERY)

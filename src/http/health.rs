@@ -36,7 +36,7 @@ named! {
         Up = "up",
         /// It was up, and its latest requests failed, but too few for an outage.
         Failing = "failing",
-        /// An outage. One from the last session counts until a request succeeds.
+        /// An outage. It counts until a request succeeds or no further request is due.
         Down = "down",
     }
 }
@@ -190,6 +190,24 @@ impl Health {
         self.logged = None;
         self.up = Some(true);
         self.since = Some(Millis::now());
+    }
+
+    /// No further request is due, so nothing would show that the API is back.
+    pub(super) fn forget_failures(&mut self, api: Api) {
+        if self.problem.is_none() {
+            return;
+        }
+        if self.is_down() {
+            tracing::warn!(since = %self.since.unwrap_or_default(),
+                "{api} was down, and no further request is due; the next one will show whether it is back");
+        }
+        *self = Self {
+            latest: self.latest.take(),
+            rate_limit: self.rate_limit,
+            changed: Arc::clone(&self.changed),
+            ..Self::default()
+        };
+        self.changed.notify_one();
     }
 
     pub(super) fn failed(&mut self, error: &ApiError, base: &Url, policy: &Policy) {

@@ -160,6 +160,11 @@ impl Http {
         changed.notified().await;
     }
 
+    /// If the latest requests have failed, makes the state unknown, because no further request is due.
+    pub fn forget_failures(&self) {
+        lock(&self.health).forget_failures(self.api);
+    }
+
     /// Restores the status as of the end of the last session.
     pub fn recall(&self, status: &ApiStatus) {
         lock(&self.health).recall(self.api, status);

@@ -59,6 +59,8 @@ pub struct Claimed {
     pub is_more: bool,
     /// When the next other conversation is due.
     pub next_due: Option<Millis>,
+    /// Nothing is due, now or later, and nothing was claimed before.
+    pub nothing_waits: bool,
 }
 
 /// The values that apply to everything loaded by one claim.
@@ -75,7 +77,8 @@ impl Store {
     /// since OurAPI last lost data; chats to be verified by hand; if there are none of these, the next chat of the pass
     /// in idle time.
     pub fn claim(&mut self, request: &ClaimRequest, now: Millis) -> Result<Claimed> {
-        if request.clock_set_back || self.latest_due()? > Some(now.plus(request.max_wait)) {
+        let latest_due = self.latest_due()?;
+        if request.clock_set_back || latest_due > Some(now.plus(request.max_wait)) {
             tracing::warn!("this machine's clock was set back; waiting events are retried now");
             self.make_due(request.request_timeout, now)?;
         }
@@ -121,6 +124,8 @@ impl Store {
             let work = self.claim_idle(idle_pass, &request.exclude, loading, now)?;
             claimed.work.extend(work);
         }
+        claimed.nothing_waits =
+            latest_due.is_none() && claimed.work.is_empty() && request.exclude.is_empty();
         for (id, what) in corrupt {
             tracing::error!(row = id.0, reason = %what, "invalid row in the database; the conversation is set aside");
             self.connection.execute(
@@ -156,14 +161,6 @@ impl Store {
     /// How many events are waiting.
     pub fn waiting(&mut self) -> Result<u64> {
         count_waiting(&self.connection)
-    }
-
-    /// Whether any event is waiting.
-    pub fn is_any_waiting(&mut self) -> Result<bool> {
-        Ok(self
-            .connection
-            .prepare_cached("SELECT EXISTS (SELECT 1 FROM conversations WHERE due_at IS NOT NULL AND waiting > 0)")?
-            .query_row([], |row| row.get(0))?)
     }
 }
 

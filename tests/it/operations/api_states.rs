@@ -1,15 +1,14 @@
 //! The state of an API (not reached yet, up, failing or down), its latest reason and its rate limit, as reported by
 //! `status`, `check`, `once`, the health endpoints, the log and the summary.
 
-use super::status::{check, delivered, until_problems};
+use super::status::{check, delivered, more_messages, until_problems};
 use crate::harness::process::{Process, finished, printed};
 use crate::harness::services::{tampering, with_header};
 use crate::harness::web::{client, sent};
-use crate::harness::{Bench, Test, run_live_test, run_with, side_by_side, until};
+use crate::harness::{Bench, run_live_test, run_with, side_by_side, until};
 use bigchat_sync::http::Api;
 use bigchat_sync::settings::Tokens;
 use bigchat_sync::simulator::bigchat::{Clock, Options};
-use bigchat_sync::simulator::event::message;
 use bigchat_sync::simulator::fault::{Fault, status};
 
 use reqwest::StatusCode;
@@ -25,13 +24,6 @@ fn text_of(t: &Bench) -> String {
 async fn readiness(url: &str) -> (StatusCode, String) {
     let answer = sent(client().get(format!("{url}/readyz"))).await;
     (answer.status(), answer.text().await.expect("a text"))
-}
-
-/// Two more messages of the conversation that [`delivered`] has opened.
-fn more_messages(t: &Test) {
-    let now = t.now();
-    let messages = [message(10, now, "anybody?"), message(10, now, "Hello?")];
-    t.bigchat.reports(messages);
 }
 
 /// A rate limit of more than a minute is reported as a problem immediately and everywhere, and still after a restart.

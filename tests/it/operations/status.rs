@@ -29,6 +29,13 @@ pub(super) async fn delivered(t: &Test) -> Daemon {
     daemon
 }
 
+/// Two more messages of the conversation that [`delivered`] has opened.
+pub(super) fn more_messages(t: &Test) {
+    let now = t.now();
+    let messages = [message(10, now, "anybody?"), message(10, now, "Hello?")];
+    t.bigchat.reports(messages);
+}
+
 fn problems(status: &Value) -> Vec<String> {
     let problems = status["problems"].as_array().expect("an array");
     for problem in problems {
@@ -529,6 +536,55 @@ async fn status_while_a_long_window_is_read() {
         let problems = status["problems"].to_string();
         assert!(t.count_events("true") < 450, "it is still being read");
         assert!(!problems.contains("no new events arrive"), "{problems}");
+    })
+    .await;
+}
+
+/// Waits until OurAPI is down. After `then`, no request is due, so its state is not known, and is no problem.
+async fn outage_is_forgotten(t: &Test, then: impl AsyncFnOnce()) {
+    until("OurAPI is down", async || {
+        t.is_up(Api::OurApi) == Some(false)
+    })
+    .await;
+    then().await;
+    let status = until_problems(t, &[]).await;
+    assert_eq!(status["our_api"]["state"], "unknown");
+    t.our_api.outage(None);
+}
+
+/// An outage of OurAPI that only an interrupted `verify` has seen does not count as one until the next event.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn outage_seen_by_an_interrupted_verify() {
+    run_live_test(async |t| {
+        delivered(t).await;
+        t.our_api.outage(Some(status(500)));
+        let verify = Process::start_as(t, t.program("verify"));
+        outage_is_forgotten(t, async || {
+            verify.stop().await;
+        })
+        .await;
+        more_messages(t);
+        t.agrees().await;
+        until("OurAPI is up", async || t.is_up(Api::OurApi) == Some(true)).await;
+    })
+    .await;
+}
+
+/// The same if the event that has seen the outage was forgotten.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn outage_seen_by_a_forgotten_event() {
+    run_live_test(async |t| {
+        t.differs("the chat is forgotten");
+        delivered(t).await;
+        t.our_api.outage(Some(status(500)));
+        t.bigchat.reports([message(10, t.now(), "later")]);
+        outage_is_forgotten(t, async || {
+            let mut forget = t.program("forget");
+            forget.args(["10", "--yes"]);
+            let forgotten = finished(forget).await;
+            assert!(forgotten.status.success(), "{}", printed(&forgotten));
+        })
+        .await;
     })
     .await;
 }
