@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use bigchat_sync::domain::progress::{
-    Due, Effect, EventOutcome, Observation, Outcome, Report, Verified, Work, advance,
+    Due, Effect, EventOutcome, Observation, Outcome, Report, Work, advance,
 };
 use bigchat_sync::domain::time::Millis;
 use bigchat_sync::journal::{ClaimRequest, Intervals, Store};
@@ -79,7 +79,8 @@ fn done(work: Work) -> Report {
         becomes_stale: false,
         due: Due::IfWaiting,
         writes_succeeded: 0,
-        verified: Verified::NotAsked,
+        verify: None,
+        found: None,
         drift: None,
         missing: None,
     }

@@ -163,8 +163,8 @@ async fn watch(
                 Ok((progress, status::our_api_waits_for(store, Millis::now())?))
             })
             .await?;
-        let left = progress.left + progress.waiting;
-        let all = progress.chats() + progress.messages.max(progress.waiting);
+        let left = progress.left + progress.repairing + progress.waiting;
+        let all = progress.chats() + progress.messages.max(progress.waiting) + progress.repairing;
         let (now, done) = (Instant::now(), all.saturating_sub(left));
         let estimate = estimate.get_or_insert_with(|| RateEstimate::new(now, done));
         let rate = estimate.now(now, done, Some(left));
@@ -250,6 +250,7 @@ fn as_json(
                 "chat": difference.state,
                 "messages_missing": difference.messages,
                 "fields": difference.fields,
+                "not_repaired": difference.not_repaired,
             })
         })
         .collect();
@@ -258,7 +259,7 @@ fn as_json(
         "chats_missing": progress.missing,
         "chats_differing": progress.differing,
         "messages_missing": progress.messages,
-        "repaired": repair && progress.is_done(),
+        "repaired": repair && progress.is_done() && progress.not_repaired == 0,
         "complete": progress.is_done(),
         "differences": differences,
     }))
@@ -270,6 +271,7 @@ fn as_table(progress: &VerificationProgress, differences: &[Difference], repair:
         missing,
         differing,
         messages,
+        not_repaired,
         ..
     } = progress;
     if differences.is_empty() {
@@ -287,11 +289,13 @@ fn as_table(progress: &VerificationProgress, differences: &[Difference], repair:
         text: None,
     });
     let header = ["chat", "state", "messages missing"];
-    let mut end = if repair {
-        "everything was repaired".to_owned()
-    } else {
-        "nothing was changed; add --repair to send what is missing and overwrite what differs"
-            .to_owned()
+    let mut end = match (repair, not_repaired) {
+        (true, 0) => "everything was repaired".to_owned(),
+        (true, _) => format!("{} not repaired completely", counted(*not_repaired, "chat")),
+        (false, _) => {
+            "nothing was changed; add --repair to send what is missing and overwrite what differs"
+                .to_owned()
+        }
     };
     if !repair && *differing > 0 {
         end += WARNING;
@@ -307,7 +311,10 @@ fn as_table(progress: &VerificationProgress, differences: &[Difference], repair:
                 value(&field.recorded)
             )
         };
-        difference.fields.iter().map(line)
+        let not_repaired = difference
+            .not_repaired
+            .map(|why| format!("chat {}: not repaired: {why}\n", difference.external_id));
+        difference.fields.iter().map(line).chain(not_repaired)
     });
     let fields: String = fields.collect();
     format!(

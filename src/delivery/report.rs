@@ -10,7 +10,7 @@ use crate::domain::conversation::{Attempts, Conversation, Pending};
 use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::progress::{
     Advance, Claim, Due, Effect, EventOutcome, Failure, Observation, Outcome, Report,
-    VerificationResult, Verified, advance,
+    VerificationResult, advance,
 };
 use crate::domain::time::Millis;
 use crate::http::Api;
@@ -46,7 +46,8 @@ impl Reporter {
             observation,
             consumed,
             writes,
-            verified,
+            verify,
+            found,
             drift,
             missing,
             ..
@@ -75,10 +76,15 @@ impl Reporter {
             observation,
             due: Due::IfWaiting,
             writes_succeeded: self.writes.count,
-            verified,
+            verify,
+            found,
             drift,
             missing,
         };
+        if stopped.as_ref().is_some_and(|stopped| stopped.at.is_none()) {
+            // A lost chat that has only dead letters is rebuilt until its offset has passed them.
+            report.claim.through = report.claim.offset;
+        }
         match stopped {
             None => self.nothing_failed(&report),
             Some(stopped) if stopped.error.is_withheld() => report.due = Due::At(now),
@@ -106,8 +112,7 @@ impl Reporter {
 
     /// Ends the count of failed reads if the chat was read. A claim with nothing to do does not count as a read.
     fn nothing_failed(&mut self, report: &Report) {
-        if report.observation != Observation::None || matches!(report.verified, Verified::Found(_))
-        {
+        if report.observation != Observation::None || report.found.is_some() {
             self.failed_reads.remove(&report.conversation.id);
         }
     }
@@ -153,22 +158,22 @@ impl Reporter {
         let error = &stopped.error;
         let is_reading_messages = stopped.step == Step::ReadingMessages;
         // The chat itself was just read, so OurAPI is up.
-        let is_up = report.verified != Verified::NotAsked && is_reading_messages;
+        let is_up = report.verify.is_some() && is_reading_messages;
         let (failed, next_at) = self.read_failed(&report.conversation, error, is_up, now);
         report.due = Due::At(next_at);
         if failed < self.delivery.settings.max_attempts {
             return;
         }
-        match report.verified {
-            Verified::NotDone if error.is_of_api() => {
-                report.verified = Verified::Found(VerificationResult {
+        match report.verify {
+            Some(_) if error.is_of_api() => {
+                report.found = Some(VerificationResult {
                     is_unreadable: true,
                     ..VerificationResult::default()
                 });
                 report.due = Due::IfWaiting;
                 self.failed_reads.remove(&report.conversation.id);
             }
-            Verified::NotAsked if is_reading_messages => {
+            None if is_reading_messages => {
                 // No message has an unknown outcome.
                 report.due = Due::IfWaiting;
                 self.verified_by_fields(report);

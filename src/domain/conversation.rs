@@ -23,6 +23,23 @@ pub struct Conversation {
     pub observed: Observed,
 }
 
+impl Conversation {
+    /// Whether the chat exists and has the desired fields, as far as the journal remembers.
+    pub fn is_written(&self) -> bool {
+        let (desired, observed) = (&self.desired, &self.observed);
+        observed.chat.is_some()
+            && (desired.started_at.is_none() || desired.started_at == observed.started_at)
+            && desired.ended_at <= observed.ended_at
+            && (desired.advisor().is_none() || desired.advisor() == observed.advisor)
+    }
+
+    /// Whether the chat has no agent although it should have one: BigChat denied the advisor, OurAPI denied the agent,
+    /// or another client has removed it.
+    pub fn lacks_agent(&self) -> bool {
+        self.observed.agent.is_none() && self.desired.advisor().is_some()
+    }
+}
+
 named! {
     /// Whether a conversation's details were read from BigChat.
     Details {

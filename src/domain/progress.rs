@@ -52,10 +52,8 @@ pub struct Claim {
     pub is_read: bool,
     /// The chat was lost and has not been rebuilt yet.
     pub is_rewound: bool,
-    /// The latest verification when the chat was last verified; `None`: there was nothing to verify.
-    pub verified_in: Option<VerificationId>,
-    /// The latest verification.
-    pub verifications: VerificationId,
+    /// Passes in idle time verify the chat: it exists, and the journal has events of it.
+    pub is_in_passes: bool,
     /// The fields that another client had changed when the chat was last read.
     pub drift: FieldSet,
 }
@@ -83,6 +81,7 @@ impl Claim {
 /// A verification of a chat.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Verify {
+    pub verification: VerificationId,
     pub mode: VerifyMode,
     /// A verification in idle time gives way to events.
     pub is_idle: bool,
@@ -114,6 +113,8 @@ pub struct VerificationResult {
     pub is_unreadable: bool,
     pub missing: Missing,
     pub drift: FieldSet,
+    /// The drift that not even a repair overwrites.
+    pub kept: FieldSet,
     pub fields: Vec<FieldDifference>,
 }
 
@@ -157,19 +158,20 @@ impl VerificationResult {
         match mode {
             VerifyMode::Report => (self.missing, self.drift),
             VerifyMode::Restore => (Missing::default(), self.drift),
-            VerifyMode::Overwrite => Default::default(),
+            VerifyMode::Overwrite => (Missing::default(), self.kept),
         }
     }
 }
 
-/// Whether a claim verified the chat.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Verified {
-    /// The claim delivered events.
-    NotAsked,
-    /// The verification failed, or gave way to events.
-    NotDone,
-    Found(VerificationResult),
+named! {
+    /// Why a requested repair of a chat is not complete.
+    NotRepaired {
+        Unreadable = "OurAPI does not return the chat or its messages",
+        DeadLetter = "an event could not be sent again; see `bigchat-sync failed list`",
+        Kept = "no TRANSFER names the agent, so the agent that was found is kept",
+        Waiting = "an event of the conversation waits for its next attempt, and the repair with it",
+        Rejected = "OurAPI rejects the change",
+    }
 }
 
 /// The parts of a chat that OurAPI has lost.
@@ -338,7 +340,10 @@ pub struct Report {
     pub due: Due,
     /// How many writes have succeeded since the journal was created.
     pub writes_succeeded: i64,
-    pub verified: Verified,
+    /// `None`: the claim delivered events.
+    pub verify: Option<Verify>,
+    /// `None`: the chat was not verified, or the verification failed or gave way to events.
+    pub found: Option<VerificationResult>,
     /// The drift that remains after the chat was read; `None`: as before.
     pub drift: Option<FieldSet>,
     pub missing: Option<Missing>,
@@ -347,16 +352,27 @@ pub struct Report {
 impl Report {
     /// When the conversation is due for reasons other than waiting events.
     pub fn due_at(&self, now: Millis) -> Option<Millis> {
-        let is_due_again = match self.observation {
+        match self.due {
+            Due::At(_) if self.is_requested() => None,
+            Due::At(at) => Some(at),
+            Due::IfWaiting => self.is_due_again().then_some(now),
+        }
+    }
+
+    /// Whether something is left to do that follows from what was observed.
+    pub fn is_due_again(&self) -> bool {
+        match self.observation {
             // Without a chat there is nothing left to write, so the conversation is not due again at once.
             Observation::Read(None) => self.conversation.observed.chat.is_some(),
             Observation::Read(Some(_)) | Observation::Gone { .. } => true,
             Observation::None | Observation::Created | Observation::Adopted => false,
-        };
-        match self.due {
-            Due::At(at) => Some(at),
-            Due::IfWaiting => is_due_again.then_some(now),
         }
+    }
+
+    /// Whether a `verify` command requested it. Such a verification has a time of its own for another attempt, which
+    /// neither delays the conversation's events nor waits for them.
+    fn is_requested(&self) -> bool {
+        self.verify.is_some_and(|verify| !verify.is_idle)
     }
 }
 

@@ -7,12 +7,12 @@ use rusqlite::{OptionalExtension, Transaction, named_params, params};
 
 use super::activity::Counts;
 use super::forget::erase;
-use super::verification::record_finding;
+use super::verification::{record_repair, record_verification};
 use super::{Result, Store, limit, present};
 use crate::domain::account::{Accounting, MessageKey};
 use crate::domain::conversation::{Attempts, Conversation};
 use crate::domain::ids::{ConversationId, EventId};
-use crate::domain::progress::{Due, EventOutcome, Failure, Observation, Outcome, Report, Verified};
+use crate::domain::progress::{Due, EventOutcome, Failure, Observation, Outcome, Report};
 use crate::domain::time::Millis;
 
 /// How many of the latest failures are stored for each event.
@@ -109,7 +109,7 @@ fn commit(
         // No event was attempted. Some may have been deleted by hand, so the waiting ones are counted again.
         Observation::None if report.outcomes.is_empty() && report.due == Due::IfWaiting => {
             recount(transaction, id)?;
-            if report.verified == Verified::NotAsked {
+            if report.verify.is_none() {
                 transaction.execute(
                     "UPDATE conversations SET due_at = NULL WHERE id = ?1 AND waiting = 0",
                     [id],
@@ -126,10 +126,10 @@ fn commit(
             recount(transaction, id)?;
         }
     }
-    if let Verified::Found(found) = &report.verified {
-        record_finding(transaction, id, &report.claim, found)?;
+    match report.verify {
+        Some(verify) => record_verification(transaction, report, verify),
+        None => record_repair(transaction, report),
     }
-    Ok(())
 }
 
 /// Writes the conversation's new state. It is one statement, because most commits change nothing else. Returns whether
@@ -198,52 +198,55 @@ fn update(
                 ":settled": report.advance.settled,
                 ":due_at": report.due_at(now),
                 ":now": now,
-                ":is_verification": report.verified != Verified::NotAsked,
+                ":is_verification": report.verify.is_some(),
             }, |row| row.get(0))
         .optional()?;
     present(is_forgotten, || format!("no conversation {}", id.0))
 }
 
-/// Records in which verification the chat was last verified, and the differences that were not repaired. Most commits
-/// change none of this, and then no index is updated.
+/// Records in which pass the chat was last verified, and the differences that were not repaired. Most commits change
+/// none of this, and then no index is updated.
 fn update_verification(transaction: &Transaction<'_>, report: &Report) -> Result<()> {
     let Report {
         conversation,
         claim,
-        verified,
+        verify,
+        found,
         drift,
         missing,
         ..
     } = report;
     let observed = &conversation.observed;
-    let is_verified = matches!(verified, Verified::Found(_));
-    let is_new = observed.chat.is_some() && claim.verified_in.is_none();
-    if !is_verified && !is_new && drift.is_none() && missing.is_none() && claim.drift.is_empty() {
+    let pass = verify
+        .filter(|verify| verify.is_idle && found.is_some())
+        .map(|verify| verify.verification);
+    let is_new = observed.chat.is_some() && !claim.is_in_passes;
+    if pass.is_none() && !is_new && drift.is_none() && missing.is_none() && claim.drift.is_empty() {
         return Ok(());
     }
     transaction
         .prepare_cached(
-            // A new chat counts as verified, unless something was delivered to an earlier chat of the conversation.
+            // A new chat counts as verified, unless something was delivered to an earlier chat of the conversation. A
+            // chat of which no event is stored is not verified again, so nothing would end a difference.
             "UPDATE conversations SET
                 verified_in = CASE
-                    WHEN :is_verified AND verified_in IS NOT NULL THEN :verifications
-                    WHEN :is_new THEN coalesce(verified_in, (SELECT iif(:claimed_offset = 0, :verifications, 0)
-                        FROM events WHERE conversation = :id LIMIT 1))
-                    ELSE verified_in
+                    WHEN verified_in IS NOT NULL THEN coalesce(:pass, verified_in)
+                    WHEN :is_new AND has_events THEN iif(:claimed_offset = 0,
+                        coalesce((SELECT id FROM verifications WHERE idle), 0), 0)
                 END,
                 drift = CASE
-                    WHEN :drift IS NOT NULL THEN nullif(:drift, '')
+                    WHEN :drift IS NOT NULL THEN iif(has_events, nullif(:drift, ''), NULL)
                     WHEN chat_agent IS NOT :chat_agent THEN NULL
                     ELSE drift
                 END,
-                missing = iif(:missing IS NOT NULL, nullif(:missing, ''), missing)
+                missing = iif(:missing IS NOT NULL, iif(has_events, nullif(:missing, ''), NULL), missing)
+             FROM (SELECT EXISTS (SELECT 1 FROM events WHERE conversation = :id) AS has_events)
              WHERE id = :id",
         )?
         .execute(named_params! {
             ":id": conversation.id,
-            ":is_verified": is_verified,
+            ":pass": pass,
             ":is_new": is_new,
-            ":verifications": claim.verifications,
             ":claimed_offset": claim.offset,
             ":drift": drift.map(|drift| drift.to_string()),
             ":chat_agent": observed.agent.map(|id| id.to_string()),

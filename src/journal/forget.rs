@@ -173,6 +173,7 @@ pub(super) fn erase(
         "DELETE FROM dead_letters WHERE conversation = ?1",
         "DELETE FROM redeliveries WHERE conversation = ?1",
         "DELETE FROM credits WHERE conversation = ?1",
+        "DELETE FROM requested_chats WHERE conversation = ?1",
         // A reason may quote an event that could not be parsed.
         "UPDATE resolutions SET reason = '' WHERE event IN (SELECT id FROM events WHERE conversation = ?1)
             OR conversation = (SELECT bigchat_id FROM conversations WHERE id = ?1)

@@ -9,13 +9,13 @@ use std::time::Duration;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use uuid::Uuid;
 
-use super::verification::claim_verifications;
+use super::verification::{claim_requested, set_unreadable};
 use super::{JournalError, Result, Store, count, limit, payload, present};
 use crate::domain::account::MessageKey;
 use crate::domain::conversation::{
     Attempts, Conversation, Desired, FieldSet, Observed, Pending, Transfer,
 };
-use crate::domain::ids::{ConversationId, EventId, VerificationId};
+use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::progress::{Claim, IdlePass, Work};
 use crate::domain::time::Millis;
 
@@ -68,8 +68,6 @@ pub struct Claimed {
 pub(super) struct Loading {
     pub(super) session: i64,
     pub(super) losses: i64,
-    /// The latest verification.
-    pub(super) verifications: VerificationId,
 }
 
 impl Store {
@@ -83,15 +81,12 @@ impl Store {
             self.make_due(request.request_timeout, now)?;
         }
         let transaction = self.connection.transaction()?;
-        let (losses, verifications) = transaction
-            .prepare_cached(
-                "SELECT losses, (SELECT coalesce(max(id), 0) FROM verifications) FROM control",
-            )?
-            .query_row([], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        let losses = transaction
+            .prepare_cached("SELECT losses FROM control")?
+            .query_row([], |row| row.get(0))?;
         let loading = Loading {
             session: request.session,
             losses,
-            verifications,
         };
         let mut claimed = Claimed::default();
         let mut corrupt = Vec::new();
@@ -114,7 +109,7 @@ impl Store {
                 }
             }
         }
-        claim_verifications(&transaction, request, loading, now, &mut claimed.work)?;
+        let unverifiable = claim_requested(&transaction, request, loading, now, &mut claimed.work)?;
         claimed.next_due = next_due(&transaction, now)?;
         drop(transaction);
         if let Some(idle_pass) = request.idle_pass
@@ -132,6 +127,10 @@ impl Store {
                 "UPDATE conversations SET due_at = NULL, verified_losses = (SELECT losses FROM control) WHERE id = ?1",
                 [id],
             )?;
+            set_unreadable(&self.connection, id)?;
+        }
+        for id in unverifiable {
+            set_unreadable(&self.connection, id)?;
         }
         Ok(claimed)
     }
@@ -139,7 +138,10 @@ impl Store {
     fn latest_due(&self) -> Result<Option<Millis>> {
         Ok(self
             .connection
-            .prepare_cached("SELECT max(due_at) FROM conversations WHERE due_at IS NOT NULL")?
+            .prepare_cached(
+                "SELECT max(at) FROM (SELECT max(due_at) AS at FROM conversations WHERE due_at IS NOT NULL
+                    UNION ALL SELECT max(next_at) FROM requested_chats WHERE state IS NULL)",
+            )?
             .query_row([], |row| row.get(0))?)
     }
 
@@ -154,6 +156,10 @@ impl Store {
         transaction.execute(
             "UPDATE attempts SET next_at = iif(outcome_unknown, ?2, ?1) WHERE next_at > ?1",
             [now, now.plus(pause)],
+        )?;
+        transaction.execute(
+            "UPDATE requested_chats SET next_at = ?1 WHERE state IS NULL AND next_at > ?1",
+            [now],
         )?;
         Ok(transaction.commit()?)
     }
@@ -227,7 +233,10 @@ fn never_failed(
 
 fn next_due(connection: &Connection, now: Millis) -> Result<Option<Millis>> {
     Ok(connection
-        .prepare_cached("SELECT min(due_at) FROM conversations WHERE due_at > ?1")?
+        .prepare_cached(
+            "SELECT min(at) FROM (SELECT min(due_at) AS at FROM conversations WHERE due_at > ?1
+                UNION ALL SELECT min(next_at) FROM requested_chats WHERE state IS NULL AND next_at > ?1)",
+        )?
         .query_row([now], |row| row.get(0))?)
 }
 
@@ -298,7 +307,7 @@ fn read_conversation(
         "SELECT epoch, bigchat_id, details, started_at, first_advisor, ended_at, transfer_at, transfer_event,
             transfer_advisor, external_id, chat_id, chat_started_at, chat_ended_at, chat_agent, chat_advisor,
             stale_seq, fresh_seq, verified_losses, read_in_session, offset, restored_through,
-            (SELECT coalesce(max(id), 0) FROM events WHERE conversation = ?1), verified_in, drift
+            (SELECT coalesce(max(id), 0) FROM events WHERE conversation = ?1), verified_in IS NOT NULL, drift
          FROM conversations WHERE id = ?1",
     )?;
     let mut rows = statement.query([id])?;
@@ -344,8 +353,7 @@ fn read_conversation(
         is_lost: row.get::<_, i64>(17)? < loading.losses,
         is_read: row.get::<_, i64>(18)? == loading.session,
         is_rewound: restored_through > offset,
-        verified_in: row.get(22)?,
-        verifications: loading.verifications,
+        is_in_passes: row.get(22)?,
         drift: match row.get_ref(23)?.as_str_or_null() {
             Ok(Some(names)) => FieldSet::named(names),
             _ => FieldSet::default(),

@@ -167,6 +167,12 @@ fn leave_unverified(connection: &Connection, conversation: ConversationId) -> Re
              WHERE id = ?1 AND verified_in IS NOT NULL AND NOT EXISTS (SELECT 1 FROM events WHERE conversation = ?1)",
         )?
         .execute([conversation])?;
+    connection
+        .prepare_cached(
+            "DELETE FROM requested_chats WHERE conversation = ?1 AND state IS NULL
+                AND NOT EXISTS (SELECT 1 FROM events WHERE conversation = ?1)",
+        )?
+        .execute([conversation])?;
     Ok(())
 }
 

@@ -24,6 +24,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("../../migrations/0003_denials.sql"),
     include_str!("../../migrations/0004_permanent.sql"),
     include_str!("../../migrations/0005_poll_state.sql"),
+    include_str!("../../migrations/0006_requested_chats.sql"),
 ];
 
 /// How long a statement waits for another process (a command, a backup). It is short, because the daemon tries again

@@ -11,7 +11,7 @@ use super::dead_letters::count_open;
 use super::directory::{BELIEVED_DENIALS, Denial, LOSS_MINUTES};
 use super::file::DatabaseFile;
 use super::queue::count_waiting;
-use super::verification::{latest_pass, left};
+use super::verification::latest_pass;
 use super::{Result, Store, api_status, count, pause, unsigned};
 use crate::domain::ids::{AdvisorId, ConversationId, EventId};
 use crate::domain::pause::Pause;
@@ -214,9 +214,7 @@ impl Store {
         let (losses, restarts, rebuilding, poll_interval_s, verify_every_s) = transaction
             .prepare_cached(
                 "SELECT losses, (SELECT count(*) - 1 FROM epochs),
-                    (SELECT coalesce(sum((SELECT count(*) FROM conversations
-                            WHERE verified_in < v.id AND (v.conversation IS NULL OR bigchat_id = v.conversation))), 0)
-                        FROM verifications v WHERE NOT v.idle)
+                    (SELECT count(*) FROM requested_chats WHERE state IS NULL)
                         + (SELECT count(*) FROM conversations WHERE external_id IS NOT NULL AND forgotten_at IS NULL AND verified_losses < losses),
                     poll_interval, verify_every
                  FROM control",
@@ -360,7 +358,9 @@ fn verification(connection: &Connection) -> Result<Option<Verification>> {
         ended_at: pass.ended_at,
         verified: pass.verified,
         left: match pass.ended_at {
-            None => left(connection, pass.id, None)?,
+            None => connection
+                .prepare_cached("SELECT count(*) FROM conversations WHERE verified_in < ?1")?
+                .query_row([pass.id], count)?,
             Some(_) => 0,
         },
     }))

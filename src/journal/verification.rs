@@ -1,9 +1,9 @@
 //! Verifications, by command or in idle time: which chats are to be verified, the progress, and the findings. The
 //! process that delivers does the work.
 //!
-//! A request is a row with a number. A chat waits for the request while the number of the chat's latest verification is
-//! smaller, so the cost of a request does not grow with the number of chats. The pass in idle time is such a request,
-//! with the lowest priority. Its row stays, because its end decides when the next pass begins.
+//! A request by command is a set of chats. It ends when each of them is verified and, if that was requested, repaired,
+//! whether or not the command still runs. The pass in idle time is a number: a chat waits for it while the number of the
+//! chat's latest pass is smaller. Its row stays, because its end decides when the next pass begins.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -13,15 +13,16 @@ use rusqlite::{Connection, OptionalExtension, params};
 
 use super::directory::ask_again;
 use super::queue::{ClaimRequest, Loading, load_chat};
-use super::{JournalError, Result, Store, count, limit, unsigned};
+use super::{JournalError, Result, Store, unsigned};
 use crate::domain::ids::{ConversationId, VerificationId};
 use crate::domain::progress::{
-    Claim, FieldDifference, IdlePass, VerificationResult, Verify, VerifyMode, Work,
+    Due, FieldDifference, IdlePass, NotRepaired, Outcome, Report, VerificationResult, Verify,
+    VerifyMode, Work,
 };
 use crate::domain::time::Millis;
 
-/// When a request that was never withdrawn is dropped.
-const DROPPED_AFTER: Duration = Duration::from_secs(30 * 24 * 3600);
+/// When a request is dropped that has ended and was never withdrawn, because its command was interrupted.
+const DROPPED_AFTER: Duration = Duration::from_secs(24 * 3600);
 
 /// The progress of a verification.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -35,8 +36,12 @@ pub struct VerificationProgress {
     pub differing: u64,
     /// Messages that were missing.
     pub messages: u64,
-    /// Events of the differing chats that are still waiting to be sent again.
+    /// Chats that are still being repaired.
+    pub repairing: u64,
+    /// Events of those chats that are still waiting to be sent again.
     pub waiting: u64,
+    /// Chats of which something was not repaired.
+    pub not_repaired: u64,
 }
 
 /// A chat that differs from its events.
@@ -49,6 +54,8 @@ pub struct Difference {
     pub messages: u32,
     /// The fields that differ.
     pub fields: Vec<FieldDifference>,
+    /// Why something of it was not repaired.
+    pub not_repaired: Option<NotRepaired>,
 }
 
 impl VerificationProgress {
@@ -56,9 +63,9 @@ impl VerificationProgress {
         self.verified + self.left
     }
 
-    /// Whether all chats are verified, and all missing data was sent.
+    /// Whether all chats are verified, and no repair is in progress.
     pub fn is_done(&self) -> bool {
-        self.left == 0 && self.waiting == 0
+        self.left == 0 && self.repairing == 0
     }
 }
 
@@ -97,19 +104,19 @@ impl Store {
         now: Millis,
     ) -> Result<Option<VerificationId>> {
         let transaction = self.begin()?;
-        // The command withdraws its request at the end, unless it is interrupted.
-        transaction.execute(
-            "DELETE FROM verifications WHERE NOT idle AND requested_at < ?1 AND NOT EXISTS (
-                SELECT 1 FROM conversations WHERE verified_in < verifications.id)",
-            [now.minus(DROPPED_AFTER)],
-        )?;
+        drop_ended(&transaction, now)?;
         let verification = transaction.query_row(
-            "INSERT INTO verifications (idle, requested_at, conversation, repair, last_event)
-             VALUES (0, ?1, ?2, ?3, (SELECT coalesce(max(id), 0) FROM events)) RETURNING id",
-            params![now, conversation, repair],
+            "INSERT INTO verifications (idle, requested_at, repair, last_event)
+             VALUES (0, ?1, ?2, (SELECT coalesce(max(id), 0) FROM events)) RETURNING id",
+            params![now, repair],
             |row| row.get(0),
         )?;
-        if left(&transaction, verification, conversation)? == 0 {
+        let chats = transaction.execute(
+            "INSERT INTO requested_chats (verification, conversation)
+             SELECT ?1, id FROM conversations WHERE verified_in IS NOT NULL AND (?2 IS NULL OR bigchat_id = ?2)",
+            params![verification, conversation],
+        )?;
+        if chats == 0 {
             return Ok(None);
         }
         if repair {
@@ -131,31 +138,30 @@ impl Store {
         &mut self,
         verification: VerificationId,
     ) -> Result<VerificationProgress> {
-        let transaction = self.connection.transaction()?;
-        let (conversation, progress) = transaction
+        Ok(self
+            .connection
             .prepare_cached(
-                "SELECT conversation, verified, missing, differing, messages,
-                    (SELECT coalesce(sum(c.waiting), 0)
-                        FROM findings f JOIN conversations c ON c.id = f.conversation
-                        WHERE f.verification = r.id AND r.repair AND (c.offset < min(c.restored_through, r.last_event)
-                            OR EXISTS (SELECT 1 FROM redeliveries WHERE conversation = c.id)))
-                 FROM verifications r WHERE id = ?1",
+                "SELECT v.verified, v.missing, v.differing, v.messages,
+                    (SELECT count(*) FROM requested_chats WHERE state IS NULL AND verification = ?1),
+                    count(c.id), coalesce(sum(c.waiting), 0),
+                    (SELECT count(*) FROM requested_chats WHERE not_repaired IS NOT NULL AND verification = ?1)
+                 FROM verifications v
+                 LEFT JOIN requested_chats q ON q.verification = v.id AND q.repairing
+                 LEFT JOIN conversations c ON c.id = q.conversation
+                 WHERE v.id = ?1 GROUP BY v.id",
             )?
             .query_row([verification], |row| {
-                let progress = VerificationProgress {
-                    verified: unsigned(row, 1)?,
-                    left: 0,
-                    missing: unsigned(row, 2)?,
-                    differing: unsigned(row, 3)?,
-                    messages: unsigned(row, 4)?,
-                    waiting: unsigned(row, 5)?,
-                };
-                Ok((row.get::<_, Option<i64>>(0)?, progress))
-            })?;
-        Ok(VerificationProgress {
-            left: left(&transaction, verification, conversation)?,
-            ..progress
-        })
+                Ok(VerificationProgress {
+                    verified: unsigned(row, 0)?,
+                    missing: unsigned(row, 1)?,
+                    differing: unsigned(row, 2)?,
+                    messages: unsigned(row, 3)?,
+                    left: unsigned(row, 4)?,
+                    repairing: unsigned(row, 5)?,
+                    waiting: unsigned(row, 6)?,
+                    not_repaired: unsigned(row, 7)?,
+                })
+            })?)
     }
 
     /// Whether an event of the conversation was delivered after `since`.
@@ -179,8 +185,9 @@ impl Store {
         at_most: u32,
     ) -> Result<Vec<Difference>> {
         let mut statement = self.connection.prepare_cached(
-            "SELECT c.external_id, f.state, f.messages, f.fields FROM findings f JOIN conversations c ON c.id = f.conversation
-             WHERE f.verification = ?1 ORDER BY c.id LIMIT ?2",
+            "SELECT c.external_id, q.state, q.messages, q.fields, q.not_repaired
+             FROM requested_chats q JOIN conversations c ON c.id = q.conversation
+             WHERE q.verification = ?1 AND (q.state <> 'same' OR q.messages > 0) ORDER BY q.conversation LIMIT ?2",
         )?;
         let differences = statement.query_map(params![verification, at_most], |row| {
             Ok(Difference {
@@ -190,6 +197,7 @@ impl Store {
                 fields: serde_json::from_str(row.get_ref(3)?.as_str()?).map_err(|error| {
                     rusqlite::Error::FromSqlConversionFailure(3, Type::Text, error.into())
                 })?,
+                not_repaired: row.get(4)?,
             })
         })?;
         Ok(differences.collect::<rusqlite::Result<_>>()?)
@@ -211,21 +219,28 @@ impl Store {
         if pass.ended_at.is_some() {
             return Ok(None);
         }
-        let loading = Loading {
-            verifications: loading.verifications.max(pass.id),
-            ..loading
+        let verify = Verify {
+            verification: pass.id,
+            mode: idle.mode,
+            is_idle: true,
         };
-        let pending = pending(&self.connection, pass.id, None, exclude, 1, now)?;
-        if let Some(id) = pending.into_iter().next() {
-            let verify = Verify {
-                mode: idle.mode,
-                is_idle: true,
-            };
-            return to_verify(&self.connection, id, verify, loading);
+        while let Some(id) = next_of_pass(&self.connection, pass.id, exclude, now)? {
+            let work = to_verify(&self.connection, id, verify, loading)?;
+            if work.is_some() {
+                return Ok(work);
+            }
+            // It would be the next one again.
+            self.connection.execute(
+                "UPDATE conversations SET verified_in = ?2 WHERE id = ?1",
+                params![id, pass.id],
+            )?;
         }
+        // Delivery finds out about a chat with waiting events, and the next pass verifies it.
         let is_left: bool = self
             .connection
-            .prepare_cached("SELECT EXISTS (SELECT 1 FROM conversations WHERE verified_in < ?1)")?
+            .prepare_cached(
+                "SELECT EXISTS (SELECT 1 FROM conversations WHERE verified_in < ?1 AND waiting = 0)",
+            )?
             .query_row([pass.id], |row| row.get(0))?;
         if !is_left {
             self.end_pass(&pass, now)?;
@@ -237,6 +252,7 @@ impl Store {
     fn begin_pass(&mut self, is_first: bool, now: Millis) -> Result<Pass> {
         let transaction = self.begin()?;
         transaction.execute("DELETE FROM verifications WHERE idle", [])?;
+        drop_ended(&transaction, now)?;
         ask_again(&transaction)?;
         let ended_at = is_first.then_some(now);
         let id = transaction.query_row(
@@ -291,96 +307,74 @@ pub(super) fn latest_pass(connection: &Connection) -> Result<Option<Pass>> {
         .optional()?)
 }
 
-/// How many chats are still to be verified.
-pub(super) fn left(
-    connection: &Connection,
-    verification: VerificationId,
-    conversation: Option<i64>,
-) -> Result<u64> {
-    Ok(connection
-        .prepare_cached(&format!("SELECT count(*) {}", unverified(conversation)))?
-        .query_row(params![verification, conversation], count)?)
+/// Drops old requests of which nothing is left to do.
+fn drop_ended(connection: &Connection, now: Millis) -> Result<()> {
+    connection.execute(
+        "DELETE FROM verifications WHERE NOT idle AND requested_at < ?1 AND NOT EXISTS (
+            SELECT 1 FROM requested_chats WHERE verification = verifications.id AND (state IS NULL OR repairing))",
+        [now.minus(DROPPED_AFTER)],
+    )?;
+    Ok(())
 }
 
-/// SQL for the chats that wait for verification `?1`: all of them, or only those of conversation `?2`. Uses the index
-/// for either case.
-fn unverified(conversation: Option<i64>) -> &'static str {
-    match conversation {
-        None => "FROM conversations WHERE verified_in < ?1 AND ?2 IS NULL",
-        Some(_) => "FROM conversations WHERE +verified_in < ?1 AND bigchat_id = ?2",
-    }
-}
-
-/// The next chats that wait for a verification.
-fn pending(
+/// The next chat that waits for a pass. A chat that could not be read is due later, so that others go first.
+fn next_of_pass(
     connection: &Connection,
-    verification: VerificationId,
-    conversation: Option<i64>,
+    pass: VerificationId,
     exclude: &HashSet<ConversationId>,
-    at_most: usize,
     now: Millis,
-) -> Result<Vec<ConversationId>> {
-    // A chat that could not be read is due later, so that others go first.
-    let sql = format!(
-        "SELECT id {} AND (due_at IS NULL OR due_at <= ?3) ORDER BY verified_in, id LIMIT ?4",
-        unverified(conversation)
-    );
-    let enough = limit(at_most.saturating_add(exclude.len()));
-    let mut pending: Vec<ConversationId> = connection
-        .prepare_cached(&sql)?
-        .query_map(params![verification, conversation, now, enough], |row| {
-            row.get(0)
-        })?
-        .collect::<rusqlite::Result<_>>()?;
-    pending.retain(|id| !exclude.contains(id));
-    pending.truncate(at_most);
-    Ok(pending)
+) -> Result<Option<ConversationId>> {
+    let mut statement = connection.prepare_cached(
+        "SELECT id FROM conversations WHERE verified_in < ?1 AND (due_at IS NULL OR due_at <= ?2)
+         ORDER BY verified_in, id",
+    )?;
+    let mut ids = statement.query_map(params![pass, now], |row| row.get(0))?;
+    let free = ids.find(|id| id.as_ref().map_or(true, |id| !exclude.contains(id)));
+    Ok(free.transpose()?)
 }
 
 /// Adds the chats that `verify` has requested to the claimed work. Waiting events of their conversations continue to
-/// wait.
-pub(super) fn claim_verifications(
+/// wait. Returns the conversations that cannot be loaded.
+pub(super) fn claim_requested(
     connection: &Connection,
     request: &ClaimRequest,
     loading: Loading,
     now: Millis,
     claimed: &mut Vec<Work>,
-) -> Result<()> {
-    let requests: Vec<(VerificationId, Option<i64>)> = connection
-        .prepare_cached("SELECT id, conversation FROM verifications WHERE NOT idle ORDER BY id")?
-        .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
-        .collect::<rusqlite::Result<_>>()?;
-    if requests.is_empty() {
-        return Ok(());
-    }
-    let mut exclude = request.exclude.clone();
-    exclude.extend(claimed.iter().map(|work| work.conversation.id));
-    for (verification, conversation) in requests {
-        let free = request.conversations.saturating_sub(claimed.len());
-        if free == 0 {
-            break;
+) -> Result<Vec<ConversationId>> {
+    let mut exclude: HashSet<ConversationId> =
+        claimed.iter().map(|work| work.conversation.id).collect();
+    let mut unverifiable = Vec::new();
+    // If a write of unknown outcome may still be carried out, the chat is not repaired: what is read might lack the
+    // result of that write, and would count as the truth.
+    let mut statement = connection.prepare_cached(
+        "SELECT q.conversation, q.verification,
+            v.repair AND NOT (c.stale_seq > c.fresh_seq AND c.due_at IS NOT NULL AND c.due_at > ?1)
+         FROM requested_chats q JOIN verifications v ON v.id = q.verification JOIN conversations c ON c.id = q.conversation
+         WHERE q.state IS NULL AND q.next_at <= ?1 ORDER BY q.next_at, q.verification, q.conversation",
+    )?;
+    let mut rows = statement.query([now])?;
+    while claimed.len() < request.conversations
+        && let Some(row) = rows.next()?
+    {
+        let id = row.get(0)?;
+        if request.exclude.contains(&id) || !exclude.insert(id) {
+            continue;
         }
-        for id in pending(connection, verification, conversation, &exclude, free, now)? {
-            exclude.insert(id);
-            // A chat with several requests is verified once for all of them.
-            let repair: bool = connection
-                .prepare_cached(
-                    "SELECT max(r.repair) FROM verifications r JOIN conversations c ON c.id = ?1
-                     WHERE NOT r.idle AND r.id > c.verified_in
-                        AND (r.conversation IS NULL OR r.conversation = c.bigchat_id)",
-                )?
-                .query_row([id], |row| row.get(0))?;
-            let verify = Verify {
-                mode: match repair {
-                    true => VerifyMode::Overwrite,
-                    false => VerifyMode::Report,
-                },
-                is_idle: false,
-            };
-            claimed.extend(to_verify(connection, id, verify, loading)?);
+        let verify = Verify {
+            verification: row.get(1)?,
+            mode: match row.get(2)? {
+                true => VerifyMode::Overwrite,
+                false => VerifyMode::Report,
+            },
+            is_idle: false,
+        };
+        match to_verify(connection, id, verify, loading)? {
+            Some(work) => claimed.push(work),
+            None => unverifiable.push(id),
         }
     }
-    Ok(())
+    Ok(unverifiable)
 }
 
 fn to_verify(
@@ -402,44 +396,131 @@ fn to_verify(
     }
 }
 
-/// Records the result of a verification for all requests made before the claim.
-pub(super) fn record_finding(
+/// Records for all requests that a conversation cannot be loaded.
+pub(super) fn set_unreadable(connection: &Connection, conversation: ConversationId) -> Result<()> {
+    connection.execute(
+        "UPDATE verifications SET verified = verified + 1
+         WHERE id IN (SELECT verification FROM requested_chats WHERE conversation = ?1 AND state IS NULL)",
+        [conversation],
+    )?;
+    connection.execute(
+        "UPDATE requested_chats SET state = coalesce(state, 'unreadable'), repairing = 0,
+            not_repaired = iif((SELECT repair FROM verifications WHERE id = verification), ?2, NULL)
+         WHERE conversation = ?1 AND (state IS NULL OR repairing)",
+        params![conversation, NotRepaired::Unreadable],
+    )?;
+    Ok(())
+}
+
+/// Records the result of a verification.
+pub(super) fn record_verification(
     connection: &Connection,
-    conversation: ConversationId,
-    claim: &Claim,
-    found: &VerificationResult,
+    report: &Report,
+    verify: Verify,
 ) -> Result<()> {
-    let fields = serde_json::to_string(&found.fields)
-        .map_err(|error| JournalError::InvalidRow(error.to_string()))?;
-    let values = params![
-        claim.verified_in.unwrap_or_default(),
-        claim.verifications,
-        conversation,
-        found.state(),
-        found.missing.messages,
-        fields
-    ];
+    let conversation = report.conversation.id;
+    let Some(found) = &report.found else {
+        if let Due::At(at) = report.due
+            && !verify.is_idle
+        {
+            connection
+                .prepare_cached("UPDATE requested_chats SET next_at = ?3 WHERE conversation = ?1 AND verification = ?2")?
+                .execute(params![conversation, verify.verification, at])?;
+        }
+        return Ok(());
+    };
+    let state = found.state();
     // A withdrawn request no longer has a row.
     connection
         .prepare_cached(
-            "UPDATE verifications SET verified = verified + 1, missing = missing + (?4 = 'missing'),
-                differing = differing + (?4 = 'differs'), messages = messages + ?5
-             WHERE id > ?1 AND id <= ?2 AND ended_at IS NULL
-                AND (conversation IS NULL OR conversation = (SELECT bigchat_id FROM conversations WHERE id = ?3))",
+            "UPDATE verifications SET verified = verified + 1, missing = missing + (?2 = 'missing'),
+                differing = differing + (?2 = 'differs'), messages = messages + ?3
+             WHERE id = ?1 AND ended_at IS NULL",
         )?
-        .execute(&values[..5])?;
-    if *found != VerificationResult::default() {
-        connection
-            .prepare_cached(
-                "INSERT INTO findings (verification, conversation, state, messages, fields)
-                 SELECT id, ?3, ?4, ?5, ?6 FROM verifications
-                 WHERE id > ?1 AND id <= ?2 AND NOT idle
-                    AND (conversation IS NULL OR conversation = (SELECT bigchat_id FROM conversations WHERE id = ?3))
-                 -- A chat that was created again meanwhile is verified again.
-                 ON CONFLICT DO UPDATE SET state = excluded.state, messages = excluded.messages, fields = excluded.fields",
-            )?
-            .execute(values)?;
+        .execute(params![verify.verification, state, found.missing.messages])?;
+    if verify.is_idle {
+        return Ok(());
     }
+    let differs = *found != VerificationResult::default();
+    let is_repaired = verify.mode == VerifyMode::Overwrite;
+    let not_repaired = if found.is_unreadable {
+        Some(NotRepaired::Unreadable)
+    } else if differs && !is_repaired {
+        Some(NotRepaired::Waiting)
+    } else {
+        (!found.kept.is_empty()).then_some(NotRepaired::Kept)
+    };
+    let fields = serde_json::to_string(&found.fields)
+        .map_err(|error| JournalError::InvalidRow(error.to_string()))?;
+    connection
+        .prepare_cached(
+            "UPDATE requested_chats SET state = ?3, messages = ?4, fields = ?5, repairing = ?6,
+                not_repaired = iif((SELECT repair FROM verifications WHERE id = ?2), ?7, NULL)
+             WHERE conversation = ?1 AND verification = ?2",
+        )?
+        .execute(params![
+            conversation,
+            verify.verification,
+            state,
+            found.missing.messages,
+            fields,
+            is_repaired && !found.is_unreadable && (differs || report.conversation.lacks_agent()),
+            not_repaired,
+        ])?;
+    Ok(())
+}
+
+/// Records how far a delivery has repaired the chat, if a request waits for that. A repair ends when everything is sent
+/// and nothing has failed, or when the failure of an event that is no part of the repair holds it back.
+pub(super) fn record_repair(connection: &Connection, report: &Report) -> Result<()> {
+    let conversation = report.conversation.id;
+    let is_repairing = connection
+        .prepare_cached("SELECT 1 FROM requested_chats WHERE conversation = ?1 AND repairing")?
+        .exists([conversation])?;
+    if !is_repairing {
+        return Ok(());
+    }
+    let is_restored_dead = report
+        .outcomes
+        .iter()
+        .any(|of| of.restored && matches!(of.outcome, Outcome::DeadLetter { .. }));
+    if is_restored_dead {
+        connection.execute(
+            "UPDATE requested_chats SET not_repaired = ?2
+             WHERE conversation = ?1 AND repairing AND (state <> 'same' OR messages > 0)",
+            params![conversation, NotRepaired::DeadLetter],
+        )?;
+    }
+    if report.is_due_again() {
+        return Ok(());
+    }
+    let is_held_back = report
+        .outcomes
+        .iter()
+        .any(|of| !of.restored && matches!(of.outcome, Outcome::Retry { .. }));
+    let not_repaired = if is_held_back {
+        NotRepaired::Waiting
+    } else {
+        NotRepaired::Rejected
+    };
+    connection.execute(
+        "UPDATE requested_chats SET repairing = 0,
+            not_repaired = iif(is_sent AND ?2 OR state = 'same' AND messages = 0,
+                not_repaired, coalesce(not_repaired, ?5))
+         FROM (SELECT v.id,
+                NOT EXISTS (SELECT 1 FROM redeliveries WHERE conversation = ?1 AND restored)
+                AND NOT EXISTS (SELECT 1 FROM events e WHERE e.conversation = ?1 AND e.id > c.offset
+                    AND e.id <= min(c.restored_through, v.last_event)) AS is_sent
+            FROM verifications v JOIN conversations c ON c.id = ?1) r
+         WHERE r.id = verification AND conversation = ?1 AND repairing AND (?3 OR is_sent AND ?4)",
+        params![
+            conversation,
+            report.conversation.is_written(),
+            is_held_back,
+            report.due == Due::IfWaiting,
+            not_repaired
+        ],
+    )?;
     Ok(())
 }
 

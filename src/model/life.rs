@@ -295,7 +295,7 @@ impl Inner {
     fn is_at_rest(&mut self) -> bool {
         const NOTHING_LEFT: &str = "SELECT NOT EXISTS (SELECT 1 FROM event_states WHERE state = 'waiting')
             AND NOT EXISTS (SELECT 1 FROM inbox)
-            AND NOT EXISTS (SELECT 1 FROM conversations c JOIN verifications v ON NOT v.idle AND c.verified_in < v.id)
+            AND NOT EXISTS (SELECT 1 FROM requested_chats WHERE state IS NULL OR repairing)
             AND NOT EXISTS (SELECT 1 FROM conversations WHERE due_at IS NOT NULL OR waiting > 0)
             AND NOT EXISTS (SELECT 1 FROM conversations, control WHERE external_id IS NOT NULL AND verified_losses < losses)
             AND (SELECT window_start IS NULL FROM poll_state)";

@@ -182,7 +182,7 @@ impl Canonical {
             ("attempts" | "failures", "reason" | "request" | "response", _)
             | ("events", "fingerprint", _)
             | ("conversations", "read_in_session" | "stale_seq", _)
-            | ("findings", "fields", _)
+            | ("requested_chats", "messages" | "fields", _)
             | ("deliveries" | "credits" | "activity" | "losses", _, _)
             | ("control", "session" | "writes_succeeded" | "losses", _) => {}
             ("attempts", "writes_then", _) => self.push("some ".to_owned()),
@@ -193,7 +193,7 @@ impl Canonical {
                 self.push(format!("{} ", number < numbers.losses));
             }
             ("verifications", "id", _)
-            | ("findings", "verification", _)
+            | ("requested_chats", "verification", _)
             | ("conversations", "verified_in", _) => {
                 let later = numbers.verifications.iter().filter(|id| **id > number);
                 self.push(format!("{} ", later.count()));

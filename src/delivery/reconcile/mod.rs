@@ -23,7 +23,9 @@ use crate::bigchat::details;
 use crate::domain::account::MessageKey;
 use crate::domain::conversation::{Conversation, Desired, FieldSet, Fields, Pending};
 use crate::domain::ids::EventId;
-use crate::domain::progress::{Claim, Effect, Missing, Observation, Verified, Work};
+use crate::domain::progress::{
+    Claim, Effect, Missing, Observation, VerificationResult, Verify, Work,
+};
 use crate::http::{ApiError, ErrorKind, Resource};
 use crate::mutex::lock;
 use crate::settings::MessageAuthor;
@@ -44,7 +46,9 @@ pub(super) struct Reconciliation {
     pub(super) consumed: Vec<MessageKey>,
     /// How many writes OurAPI carried out.
     pub(super) writes: u32,
-    pub(super) verified: Verified,
+    pub(super) verify: Option<Verify>,
+    /// What the verification found, once it has succeeded.
+    pub(super) found: Option<VerificationResult>,
     /// The drift that is not overwritten; `None`: the chat was not read.
     pub(super) drift: Option<FieldSet>,
     pub(super) missing: Option<Missing>,
@@ -109,7 +113,8 @@ pub(super) async fn reconcile(
         observation: Observation::None,
         consumed: Vec::new(),
         writes: 0,
-        verified: verify.map_or(Verified::NotAsked, |_| Verified::NotDone),
+        verify,
+        found: None,
         drift: None,
         missing: None,
     };

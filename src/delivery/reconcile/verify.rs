@@ -11,8 +11,9 @@ use super::{Reconciliation, Stopped};
 use crate::delivery::attempts::AttemptError;
 use crate::domain::account;
 use crate::domain::conversation::{Conversation, FieldSet, Fields, Observed};
+use crate::domain::ids::VerificationId;
 use crate::domain::progress::{
-    FieldDifference, Missing, Observation, VerificationResult, Verified, Verify, VerifyMode,
+    FieldDifference, Missing, Observation, VerificationResult, Verify, VerifyMode,
 };
 use crate::domain::time::Millis;
 use crate::our_api;
@@ -49,13 +50,14 @@ impl Reconciliation {
         let recorded = self.recorded().await.map_err(failed)?;
         let accounting = account::account(held, &recorded);
         self.read_denied_details(&found).await.map_err(failed)?;
-        let compared = self.compare_fields(&found).await;
+        let compared = self.compare_fields(verify, &found).await;
         let (merged, mut result) = compared.map_err(failed)?;
         let observed = self.observed_after(verify.mode, &found, merged, &result);
         self.conversation.observed = observed.await.map_err(failed)?;
         result.missing.messages = count(&accounting.missing);
         let (missing, drift) = (result.missing, result.drift);
-        let lacks_agent = self.lacks_agent(drift);
+        // A denied advisor or agent is asked for again.
+        let lacks_agent = self.conversation.lacks_agent() && !drift.agent;
         let differs = result != VerificationResult::default();
         let is_left = match verify.mode {
             VerifyMode::Report => true,
@@ -94,9 +96,11 @@ impl Reconciliation {
     async fn verify_gone(&mut self, verify: Verify) -> Result<(), AttemptError> {
         let recorded = self.recorded().await?;
         let accounting = account::account(Vec::new(), &recorded);
-        match verify.mode {
-            VerifyMode::Report => {}
-            VerifyMode::Restore | VerifyMode::Overwrite => self.gone(true).await?,
+        match (verify.mode, self.conversation.observed.chat) {
+            (VerifyMode::Report, _) => {}
+            (_, Some(_)) => self.gone(true).await?,
+            // This loss is known already.
+            (_, None) => self.observation = Observation::Gone { rebuild: true },
         }
         let missing = Missing {
             chat: true,
@@ -121,12 +125,13 @@ impl Reconciliation {
             self.report_missing(missing);
         }
         (self.missing, self.drift) = (Some(missing), Some(drift));
-        self.verified = Verified::Found(found);
+        self.found = Some(found);
     }
 
     /// Compares the fields of a chat with what was written. Returns the merged chat, too.
     async fn compare_fields(
         &self,
+        verify: Verify,
         found: &our_api::Chat,
     ) -> Result<(Observed, VerificationResult), AttemptError> {
         let observed = &self.conversation.observed;
@@ -135,7 +140,9 @@ impl Reconciliation {
         let (merged, mut drift) = self.merged(found, unknown).await?;
         let missing = Missing {
             ended_at: observed.ended_at.is_some() && found.ended_at.is_none(),
-            agent: self.agent_is_gone(found.agent_id).await?,
+            agent: self
+                .agent_is_gone(verify.verification, found.agent_id)
+                .await?,
             ..Missing::default()
         };
         let recorded = Observed {
@@ -143,10 +150,15 @@ impl Reconciliation {
             ..observed.clone()
         };
         drift.agent &= !missing.agent;
+        let kept = FieldSet {
+            agent: drift.agent && !self.may_overwrite_agent(found),
+            ..FieldSet::default()
+        };
         let result = VerificationResult {
             is_unreadable: false,
             missing,
             drift,
+            kept,
             fields: differences(&recorded, &found.fields(), drift, missing),
         };
         Ok((merged, result))
@@ -154,7 +166,11 @@ impl Reconciliation {
 
     /// Whether OurAPI no longer has the chat's agent, whichever client set it. If the chat has no agent, the reason may
     /// be that the agent that the daemon wrote is gone.
-    async fn agent_is_gone(&self, found: Option<Uuid>) -> Result<bool, AttemptError> {
+    async fn agent_is_gone(
+        &self,
+        verification: VerificationId,
+        found: Option<Uuid>,
+    ) -> Result<bool, AttemptError> {
         let Conversation {
             desired, observed, ..
         } = &self.conversation;
@@ -163,11 +179,16 @@ impl Reconciliation {
             .filter(|_| desired.advisor() == observed.advisor);
         match found.or(written) {
             Some(agent) if desired.advisor().is_some() => {
-                let verification = self.claim.verifications;
                 self.delivery.agents.is_gone_in(verification, agent).await
             }
             _ => Ok(false),
         }
+    }
+
+    /// Whether a repair may overwrite the agent that was found. Details never override a TRANSFER. If this journal has
+    /// no TRANSFER, the agent may be from one that only another copy of the journal knows.
+    fn may_overwrite_agent(&self, found: &our_api::Chat) -> bool {
+        self.conversation.desired.transfer.is_some() || found.agent_id.is_none()
     }
 
     /// The agent that the daemon wrote.
@@ -191,18 +212,14 @@ impl Reconciliation {
         merged: Observed,
         result: &VerificationResult,
     ) -> Result<Observed, AttemptError> {
-        let Conversation {
-            desired, observed, ..
-        } = &self.conversation;
+        let observed = &self.conversation.observed;
         let mut after = match mode {
             VerifyMode::Report => return Ok(observed.clone()),
             VerifyMode::Restore => merged,
             VerifyMode::Overwrite => {
                 let unknown = FieldSet {
-                    // Details never override a TRANSFER. If this journal has no TRANSFER, the agent found may be from
-                    // one that only another copy of the journal knows.
                     agent: (result.drift.agent || self.unknown_if_stale().agent)
-                        && (desired.transfer.is_some() || found.agent_id.is_none()),
+                        && self.may_overwrite_agent(found),
                     ..FieldSet::ALL
                 };
                 let (mut after, _) = observed.merged(&found.fields(), unknown);
@@ -219,15 +236,6 @@ impl Reconciliation {
             (after.agent, after.advisor) = (found.agent_id, None);
         }
         Ok(after)
-    }
-
-    /// Whether the chat has no agent because BigChat denied the advisor, or OurAPI denied the agent. Both are asked
-    /// again.
-    fn lacks_agent(&self, drift: FieldSet) -> bool {
-        let Conversation {
-            desired, observed, ..
-        } = &self.conversation;
-        observed.agent.is_none() && desired.advisor().is_some() && !drift.agent
     }
 }
 

@@ -20,10 +20,10 @@ use super::{
 use crate::domain::account::{Accounting, MessageKey, MessageState};
 use crate::domain::conversation::{Attempts, Pending};
 use crate::domain::dedupe::Counts;
-use crate::domain::ids::{AdvisorId, ConversationId, Epoch, EventId};
+use crate::domain::ids::{AdvisorId, ConversationId, Epoch, EventId, VerificationId};
 use crate::domain::progress::{
     Due, Effect, EventOutcome, Failure, IdlePass, Missing, Observation, Outcome, Report,
-    VerificationResult, Verified, VerifyMode, Work, advance,
+    VerificationResult, VerifyMode, Work, advance,
 };
 use crate::domain::time::{Millis, Timestamp};
 use crate::domain::window::Window;
@@ -376,6 +376,12 @@ impl Pair {
         assert_eq!(claimed.is_more, is_more, "whether more is due");
         let next_due = self.plain.conversations.values();
         let next_due = next_due.filter_map(|conversation| conversation.due);
+        let requests = self.plain.requests.iter();
+        let next_at = requests.flat_map(|request| request.chats.values());
+        let next_at = next_at
+            .filter(|chat| !chat.is_verified)
+            .map(|chat| chat.next_at);
+        let next_due = next_due.chain(next_at);
         let next_due = next_due.filter(|due| *due > self.plain.now).min();
         assert_eq!(claimed.next_due, next_due.map(Millis), "what is due next");
 
@@ -392,12 +398,12 @@ impl Pair {
             self.claimed(work);
         }
         let free = at_most - self.work_since(request).min(at_most);
-        for id in self.plain.to_verify().into_iter().take(free) {
+        for (id, request, repairs) in self.plain.to_verify().into_iter().take(free) {
             let work = work.next().expect("what is to be verified is claimed");
             assert_eq!(work.conversation.id.0, id, "what is to be verified");
             let verify = work.verify.expect("only that");
-            let repairs = verify.mode == VerifyMode::Overwrite;
-            assert_eq!(repairs, self.plain.is_to_be_repaired(id), "repaired");
+            assert_eq!(verify.verification.0, request, "the request");
+            assert_eq!(verify.mode == VerifyMode::Overwrite, repairs, "repaired");
             self.claimed(work);
         }
         if request.idle_pass.is_some() && !claimed.is_more && self.work_since(request) == 0 {
@@ -483,7 +489,7 @@ impl Pair {
         let mut consumed = Vec::new();
         let mut observation = Observation::None;
         let (mut becomes_stale, mut due) = (false, Due::IfWaiting);
-        let mut verified = Verified::NotAsked;
+        let mut result = None;
         let has_chat = conversation.observed.chat.is_some();
         let found = match script.found {
             Found::ReadWithoutMessages | Found::UnreadableMessages if !has_chat => {
@@ -510,7 +516,7 @@ impl Pair {
             if verify.mode != VerifyMode::Report {
                 observation = repaired;
             }
-            let found = chat_is_missing.map(|chat| VerificationResult {
+            result = chat_is_missing.map(|chat| VerificationResult {
                 missing: Missing {
                     chat,
                     messages: u32::try_from(missing).expect("a count"),
@@ -518,7 +524,6 @@ impl Pair {
                 },
                 ..VerificationResult::default()
             });
-            verified = found.map_or(Verified::NotDone, Verified::Found);
         } else {
             match found {
                 Found::AsRemembered | Found::Gone { .. } => {
@@ -526,6 +531,11 @@ impl Pair {
                         observation = Observation::Created;
                         conversation.observed.chat = Some(Uuid::from_u128(1));
                         conversation.observed.external_id = Some(id.to_string());
+                    }
+                    if matches!(script.fates[0], Fate::Delivered) {
+                        conversation.observed.started_at = conversation.desired.started_at;
+                        conversation.observed.advisor = conversation.desired.advisor();
+                        conversation.observed.agent = Some(Uuid::from_u128(2));
                     }
                     let changes = events.iter().filter(|event| event.payload.text().is_none());
                     let messages = events.iter().filter(|event| event.payload.text().is_some());
@@ -623,7 +633,8 @@ impl Pair {
             becomes_stale,
             due,
             writes_succeeded: self.writes,
-            verified,
+            verify,
+            found: result,
             drift: None,
             missing: None,
         }
@@ -771,13 +782,14 @@ impl Pair {
         }
         let requested = self.store.request_verification(conversation, repair, now);
         let requested = requested.expect("a request");
-        let mut chats = self.plain.conversations.iter();
-        let is_any = chats.any(|(id, of)| {
-            of.verified_in.is_some() && conversation.is_none_or(|conversation| conversation == *id)
+        let chats = self.plain.conversations.iter().filter(|(id, of)| {
+            of.verified_in.is_some() && conversation.is_none_or(|conversation| conversation == **id)
         });
+        let chats: Vec<i64> = chats.map(|(id, _)| *id).collect();
+        let is_any = !chats.is_empty();
         assert_eq!(requested.is_some(), is_any, "there is something to verify");
         if is_any {
-            self.plain.request(false, repair, conversation);
+            self.plain.request(false, repair, chats);
         }
     }
 
@@ -1024,6 +1036,48 @@ impl Pair {
             rows, expected,
             "verifications: id, idle, began, ended, verified"
         );
+        let rows = self.rows(
+            "SELECT verification, conversation, next_at, state IS NOT NULL, repairing, not_repaired,
+                coalesce(state <> 'same', 0) OR messages > 0
+             FROM requested_chats ORDER BY verification, conversation",
+            |row| {
+                let chat = plain::Requested {
+                    next_at: row.get(2)?,
+                    is_verified: row.get(3)?,
+                    repairing: row.get(4)?,
+                    not_repaired: row.get(5)?,
+                    differs: row.get(6)?,
+                };
+                Ok((row.get(0)?, row.get(1)?, chat))
+            },
+        );
+        let chats = |of: &plain::Request| {
+            let chats = of.chats.iter().map(|(id, chat)| (of.id, *id, *chat));
+            chats.collect::<Vec<_>>()
+        };
+        let expected: Vec<(i64, i64, plain::Requested)> =
+            self.plain.requests.iter().flat_map(chats).collect();
+        assert_eq!(
+            rows, expected,
+            "requested: verification, conversation, chat"
+        );
+        for request in self.plain.requests.iter().filter(|request| !request.idle) {
+            let id = VerificationId(request.id);
+            let progress = self.store.verification_progress(id).expect("the progress");
+            let differing = self.store.differences(id, u32::MAX).expect("the findings");
+            let count = |is: fn(&plain::Requested) -> bool| {
+                request.chats.values().filter(|chat| is(chat)).count() as u64
+            };
+            assert_eq!(progress.verified, request.verified.unsigned_abs());
+            assert_eq!(progress.left, count(|chat| !chat.is_verified));
+            assert_eq!(progress.repairing, count(|chat| chat.repairing));
+            assert_eq!(
+                progress.not_repaired,
+                count(|chat| chat.not_repaired.is_some())
+            );
+            assert_eq!(differing.len() as u64, count(|chat| chat.differs));
+            assert!(progress.not_repaired <= differing.len() as u64);
+        }
     }
 
     fn rows<T>(

@@ -6,7 +6,10 @@ use std::time::Duration;
 use super::EVENTS;
 use crate::domain::account::{Accounting, MessageState};
 use crate::domain::conversation::Attempts;
-use crate::domain::progress::{Due, EventOutcome, Observation, Outcome, Report, Verified};
+use crate::domain::progress::{
+    Due, EventOutcome, NotRepaired, Observation, Outcome, Report, VerificationResult, Verify,
+    VerifyMode,
+};
 
 /// The limits of a claim; see `queue`.
 const BYTES_PER_CLAIM: usize = 256 << 10;
@@ -82,9 +85,8 @@ pub(super) struct Claimed {
     pub(super) losses: i64,
     /// The chat became stale after the claim.
     pub(super) became_stale: bool,
-    /// The latest verification of all chats, and of this one.
-    pub(super) verifications: i64,
-    pub(super) verified_in: Option<i64>,
+    /// Passes verify the chat.
+    pub(super) is_in_passes: bool,
     /// No event has been processed in a chat yet.
     pub(super) is_first: bool,
 }
@@ -99,7 +101,7 @@ pub(super) struct Conversation {
     pub(super) is_known: bool,
     pub(super) verified_losses: i64,
     pub(super) is_read: bool,
-    /// The verification that last verified its chat; `None`: there is nothing to verify.
+    /// The pass that last verified its chat; `None`: there is nothing to verify.
     pub(super) verified_in: Option<i64>,
     /// An event was processed after its chat was last lost.
     pub(super) had_turn: bool,
@@ -108,22 +110,28 @@ pub(super) struct Conversation {
 }
 
 /// A requested verification, or the pass in idle time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Request {
     pub(super) id: i64,
     pub(super) idle: bool,
     pub(super) repair: bool,
-    /// `None`: all chats.
-    pub(super) conversation: Option<i64>,
+    /// The chats of a command's request.
+    pub(super) chats: BTreeMap<i64, Requested>,
+    /// The latest event at the request.
+    pub(super) last_event: i64,
     pub(super) began_at: i64,
     pub(super) ended_at: Option<i64>,
     pub(super) verified: i64,
 }
 
-impl Request {
-    fn is_about(&self, conversation: i64) -> bool {
-        self.conversation.is_none_or(|id| id == conversation)
-    }
+/// A requested chat.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Requested {
+    pub(super) next_at: i64,
+    pub(super) is_verified: bool,
+    pub(super) differs: bool,
+    pub(super) repairing: bool,
+    pub(super) not_repaired: Option<NotRepaired>,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -237,57 +245,64 @@ impl Plain {
         lost.map(|(id, _)| *id).collect()
     }
 
-    /// Chats to be verified by hand, in order.
-    pub(super) fn to_verify(&self) -> Vec<i64> {
-        let mut all = Vec::new();
-        for request in self.requests.iter().filter(|request| !request.idle) {
-            for id in self.wait_for(request) {
-                if !all.contains(&id) {
-                    all.push(id);
-                }
-            }
+    /// Chats to be verified by hand, in order, each with its request, and whether it is to be repaired.
+    pub(super) fn to_verify(&self) -> Vec<(i64, i64, bool)> {
+        let mut open: Vec<(i64, i64, i64)> = Vec::new();
+        for request in &self.requests {
+            let chats = request.chats.iter().filter(|(id, chat)| {
+                !chat.is_verified
+                    && chat.next_at <= self.now
+                    && self.conversations[id].claimed.is_none()
+            });
+            open.extend(chats.map(|(id, chat)| (chat.next_at, request.id, *id)));
         }
-        all
+        open.sort_unstable();
+        let mut seen = BTreeSet::new();
+        open.retain(|(_, _, id)| seen.insert(*id));
+        let repairs = |request: i64, id: i64| {
+            let conversation = &self.conversations[&id];
+            let may_be_written =
+                conversation.stale && conversation.due.is_some_and(|due| due > self.now);
+            let mut requests = self.requests.iter();
+            requests.any(|of| of.id == request && of.repair) && !may_be_written
+        };
+        open.into_iter()
+            .map(|(_, request, id)| (id, request, repairs(request, id)))
+            .collect()
     }
 
-    /// Whether a chat to be verified by hand is to be repaired.
-    pub(super) fn is_to_be_repaired(&self, id: i64) -> bool {
-        let verified_in = self.conversations[&id].verified_in.unwrap_or_default();
-        let requests = self.requests.iter().filter(|request| !request.idle);
-        requests
-            .filter(|request| request.id > verified_in && request.is_about(id))
-            .any(|request| request.repair)
-    }
-
-    /// Chats that wait for a verification and can be verified now, in order.
-    fn wait_for(&self, request: &Request) -> Vec<i64> {
+    /// Chats that wait for a pass and can be verified now, in order.
+    fn wait_for(&self, pass: i64) -> Vec<i64> {
         let mut waiting: Vec<(i64, i64)> = self
             .conversations
             .iter()
-            .filter(|(id, conversation)| {
-                request.is_about(**id)
-                    && conversation.claimed.is_none()
-                    && conversation.due.is_none_or(|due| due <= self.now)
+            .filter(|(_, conversation)| {
+                conversation.claimed.is_none() && conversation.due.is_none_or(|due| due <= self.now)
             })
             .filter_map(|(id, conversation)| Some((conversation.verified_in?, *id)))
-            .filter(|(verified_in, _)| *verified_in < request.id)
+            .filter(|(verified_in, _)| *verified_in < pass)
             .collect();
         waiting.sort_unstable();
         waiting.into_iter().map(|(_, id)| id).collect()
     }
 
+    /// `chats` are those of a command; a pass has none.
     pub(super) fn request(
         &mut self,
         idle: bool,
         repair: bool,
-        conversation: Option<i64>,
+        chats: impl IntoIterator<Item = i64>,
     ) -> &mut Request {
         self.last_request += 1;
         let request = Request {
             id: self.last_request,
             idle,
             repair,
-            conversation,
+            chats: chats
+                .into_iter()
+                .map(|id| (id, Requested::default()))
+                .collect(),
+            last_event: self.events.keys().last().copied().unwrap_or(0),
             began_at: self.now,
             ended_at: None,
             verified: 0,
@@ -300,8 +315,8 @@ impl Plain {
     /// milliseconds.
     pub(super) fn next_idle(&mut self, every: i64) -> Option<i64> {
         let now = self.now;
-        let pass = self.requests.iter().find(|request| request.idle).copied();
-        let is_over = pass.is_some_and(|pass| {
+        let pass = self.requests.iter().find(|request| request.idle).cloned();
+        let is_over = pass.as_ref().is_some_and(|pass| {
             pass.ended_at.is_some_and(|ended| {
                 let took = (ended - pass.began_at).max(0);
                 now < pass.began_at || now >= ended && now >= pass.began_at + (every - took).max(0)
@@ -309,16 +324,21 @@ impl Plain {
         });
         if pass.is_none() || is_over {
             self.requests.retain(|request| !request.idle);
-            let begun = self.request(true, false, None);
+            let begun = self.request(true, false, []);
             begun.ended_at = pass.is_none().then_some(now);
         }
-        let pass = self.requests.iter().find(|request| request.idle).copied()?;
+        let pass = self.requests.iter().find(|request| request.idle)?;
         if pass.ended_at.is_some() {
             return None;
         }
-        let next = self.wait_for(&pass).first().copied();
-        let mut verified_in = self.conversations.values().filter_map(|of| of.verified_in);
-        if !verified_in.any(|verified_in| verified_in < pass.id) {
+        let next = self.wait_for(pass.id).first().copied();
+        let mut others = self.conversations.iter();
+        if !others.any(|(id, of)| {
+            of.verified_in < Some(pass.id)
+                && of.verified_in.is_some()
+                && self.waiting(*id).is_empty()
+        }) && next.is_none()
+        {
             let request = self.requests.iter_mut().find(|request| request.idle);
             request.expect("it was found").ended_at = Some(now);
         }
@@ -348,6 +368,11 @@ impl Plain {
         for id in conversations {
             if !self.has_events(*id) {
                 self.conversation(*id).verified_in = None;
+                for request in &mut self.requests {
+                    request
+                        .chats
+                        .retain(|of, chat| of != id || chat.is_verified);
+                }
             }
         }
     }
@@ -356,13 +381,7 @@ impl Plain {
     pub(super) fn claim(&mut self, id: i64, with_events: bool) -> Claimed {
         let mut claimed = Claimed {
             losses: self.losses,
-            verifications: self
-                .requests
-                .iter()
-                .map(|request| request.id)
-                .max()
-                .unwrap_or(0),
-            verified_in: self.conversation(id).verified_in,
+            is_in_passes: self.conversation(id).verified_in.is_some(),
             is_first: !self.conversation(id).had_turn,
             ..Claimed::default()
         };
@@ -476,16 +495,23 @@ impl Plain {
         conversation.has_chat = observed.chat.is_some();
         conversation.is_known = observed.external_id.is_some();
         let has_events = self.has_events(id);
+        let mut requests = self.requests.iter();
+        let pass = requests
+            .find(|request| request.idle)
+            .map_or(0, |pass| pass.id);
+        let verified_by = report
+            .verify
+            .filter(|verify| verify.is_idle && report.found.is_some())
+            .map(|verify| verify.verification.0);
         let conversation = self.conversation(id);
         conversation.verified_in = match conversation.verified_in {
             _ if !conversation.has_chat => None,
-            Some(_) if matches!(report.verified, Verified::Found(_)) => Some(claimed.verifications),
+            Some(before) => Some(verified_by.unwrap_or(before)),
             // A new chat, or one that has events again.
-            None if has_events && claimed.verified_in.is_none() && claimed.is_first => {
-                Some(claimed.verifications)
+            None if has_events && !claimed.is_in_passes => {
+                Some(if claimed.is_first { pass } else { 0 })
             }
-            None if has_events && claimed.verified_in.is_none() => Some(0),
-            before => before,
+            None => None,
         };
         let waited = !self.waiting(id).is_empty();
         let ends_claim = self.observe(id, &claimed, &report.observation);
@@ -494,10 +520,13 @@ impl Plain {
         }
         let waits = !self.waiting(id).is_empty();
         let (due, is_certain) = match report.due {
+            Due::At(_) if report.verify.is_some_and(|verify| !verify.is_idle) => {
+                (waits.then_some(now), false)
+            }
             Due::At(at) => (Some(at.0), true),
             Due::IfWaiting => ((waits || ends_claim).then_some(now), ends_claim),
         };
-        let is_verification = report.verified != Verified::NotAsked;
+        let is_verification = report.verify.is_some();
         let conversation = self.conversation(id);
         conversation.due = match conversation.due {
             // A verification may end at any time, and makes no event due earlier or later.
@@ -506,15 +535,72 @@ impl Plain {
             None if is_verification => due.filter(|_| is_certain),
             _ => due,
         };
-        if matches!(report.verified, Verified::Found(_)) {
-            for request in &mut self.requests {
-                let had_been = claimed.verified_in.unwrap_or_default() + 1..=claimed.verifications;
-                if had_been.contains(&request.id)
-                    && request.is_about(id)
-                    && request.ended_at.is_none()
-                {
-                    request.verified += 1;
-                }
+        match report.verify {
+            Some(verify) => self.verified(id, report, verify),
+            None => self.repaired(id, report),
+        }
+    }
+
+    /// Records the result of a verification.
+    fn verified(&mut self, id: i64, report: &Report, verify: Verify) {
+        let mut requests = self.requests.iter_mut();
+        let Some(request) = requests.find(|of| of.id == verify.verification.0) else {
+            return;
+        };
+        let chat = request.chats.get_mut(&id);
+        let Some(found) = &report.found else {
+            if let (Some(chat), Due::At(at)) = (chat, report.due) {
+                chat.next_at = at.0;
+            }
+            return;
+        };
+        request.verified += i64::from(request.ended_at.is_none());
+        if let Some(chat) = chat {
+            let differs = *found != VerificationResult::default();
+            chat.is_verified = true;
+            chat.differs = differs;
+            chat.repairing = verify.mode == VerifyMode::Overwrite
+                && (differs || report.conversation.lacks_agent());
+            chat.not_repaired =
+                (request.repair && differs && !chat.repairing).then_some(NotRepaired::Waiting);
+        }
+    }
+
+    /// Records how far a delivery has repaired the chat.
+    fn repaired(&mut self, id: i64, report: &Report) {
+        let any = |is: &dyn Fn(&EventOutcome) -> bool| report.outcomes.iter().any(is);
+        let is_retry = |of: &EventOutcome| matches!(of.outcome, Outcome::Retry { .. });
+        let is_dead = |of: &EventOutcome| matches!(of.outcome, Outcome::DeadLetter { .. });
+        let is_dead = any(&|of| of.restored && is_dead(of));
+        let is_held_back = any(&|of| !of.restored && is_retry(of));
+        for request in &mut self.requests {
+            let last_event = request.last_event;
+            let Some(chat) = request.chats.get_mut(&id).filter(|chat| chat.repairing) else {
+                continue;
+            };
+            if is_dead && chat.differs {
+                chat.not_repaired = Some(NotRepaired::DeadLetter);
+            }
+            let is_left = self.events.iter().any(|(event_id, event)| {
+                event.conversation == id
+                    && (event.passed && event.waits() && event.lost
+                        || event.rewound && !event.passed && *event_id <= last_event)
+            });
+            let is_written = report.conversation.is_written();
+            let ended = report.due == Due::IfWaiting;
+            if report.is_due_again() {
+                continue;
+            }
+            if !is_held_back && (is_left || !ended) {
+                continue;
+            }
+            chat.repairing = false;
+            if chat.differs && (is_left || !is_written) {
+                let why = match is_held_back {
+                    true => NotRepaired::Waiting,
+                    false => NotRepaired::Rejected,
+                };
+                chat.not_repaired.get_or_insert(why);
             }
         }
     }
@@ -641,6 +727,15 @@ impl Plain {
         }
         for event in self.events.values_mut() {
             due(&mut event.next_at, event.attempts.outcome_unknown);
+        }
+        for chat in self
+            .requests
+            .iter_mut()
+            .flat_map(|request| request.chats.values_mut())
+        {
+            if !chat.is_verified {
+                chat.next_at = chat.next_at.min(now);
+            }
         }
     }
 

@@ -2,13 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use bigchat_sync::simulator::event::{end, message, start};
+use bigchat_sync::simulator::event::{end, message, start, transfer};
 use bigchat_sync::simulator::fault::{dropped, paused, status};
 use bigchat_sync::simulator::id;
 use serde_json::{Value, json};
 
 use bigchat_sync::http::Api;
 
+use super::verify::verify;
 use crate::harness::process::Process;
 use crate::harness::{Bench, Test, run_test, side_by_side, until};
 
@@ -748,6 +749,112 @@ async fn event_after_a_failed_verification() {
             took < Duration::from_secs(4),
             "the event waited for {took:?}"
         );
+    })
+    .await;
+}
+
+/// An event that cannot be delivered for a long time does not end the verification of the other chats.
+#[tokio::test]
+async fn stuck_event_and_later_losses() {
+    run_test(async |t| {
+        t.differs("one event is stuck");
+        t.set("--verify-every", "200ms");
+        delivered(t, 10..13).await;
+        let daemon = t.start();
+        // BigChat refuses to say who advisor 9 is, for as long as this lasts.
+        t.bigchat.upset("GET /advisors/9", status(401).always());
+        t.bigchat.reports([transfer(10, 210, 9)]);
+        until("the transfer fails", async || t.attempts() > 3).await;
+        t.our_api.loses_chat("12");
+        assert!(t.our_api.chats().len() == 2);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while t.our_api.chats().len() == 2 && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let first = t.our_api.chats().len();
+        t.our_api.loses_chat("12");
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while t.our_api.chats().len() == 2 && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let second = t.our_api.chats().len();
+        daemon.stop().await;
+        assert_eq!(
+            (first, second),
+            (3, 3),
+            "restored after the first and the second loss"
+        );
+    })
+    .await;
+}
+
+/// `verify` ends although one event cannot be delivered.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn verify_ends_beside_a_stuck_event() {
+    run_test(async |t| {
+        t.differs("one event is stuck");
+        delivered(t, 10..13).await;
+        let daemon = t.start();
+        t.bigchat.upset("GET /advisors/9", status(401).always());
+        t.bigchat.reports([transfer(10, 210, 9)]);
+        until("the transfer fails", async || t.attempts() > 3).await;
+        let verified = tokio::time::timeout(Duration::from_secs(20), verify(t, &[])).await;
+        daemon.stop().await;
+        verified.expect("`verify` ends");
+    })
+    .await;
+}
+
+/// `verify` without `--repair` does not keep the passes from restoring what is lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn verify_beside_passes() {
+    run_test(async |t| {
+        t.differs("what is lost is not restored");
+        t.set("--verify-every", "2s");
+        delivered(t, 10..13).await;
+        t.our_api.set_latency(Duration::from_millis(30));
+        t.our_api.loses_chat("12");
+        let daemon = t.start();
+        let deadline = Instant::now() + Duration::from_secs(30);
+        let mut passes: Vec<i64> = Vec::new();
+        let mut commands = 0;
+        while t.our_api.chats().len() == 2 && Instant::now() < deadline {
+            let pass = t.value("SELECT coalesce(max(id), 0) FROM verifications WHERE idle");
+            if !passes.contains(&pass) {
+                passes.push(pass);
+            }
+            verify(t, &[]).await;
+            commands += 1;
+        }
+        daemon.stop().await;
+        let passes = passes.len();
+        assert_eq!(
+            t.our_api.chats().len(),
+            3,
+            "after {passes} passes and {commands} commands"
+        );
+    })
+    .await;
+}
+
+/// An invalid row of the database keeps only its own chat from being verified.
+#[tokio::test]
+async fn invalid_row_and_a_pass() {
+    run_test(async |t| {
+        t.differs("one row is invalid");
+        delivered(t, 10..13).await;
+        t.execute("UPDATE conversations SET chat_agent = 'nobody' WHERE bigchat_id = 10");
+        // Otherwise, the verifications wait until reads show these deliveries for sure.
+        t.execute("UPDATE deliveries SET delivered_at = 0");
+        t.our_api.loses_message("12");
+        pass_is_due(t);
+        let daemon = t.start();
+        let deadline = Instant::now() + Duration::from_secs(15);
+        while t.our_api.messages().len() < 6 && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        daemon.stop().await;
+        assert_eq!(t.our_api.messages().len(), 6, "the message is restored");
     })
     .await;
 }

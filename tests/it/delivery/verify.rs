@@ -61,6 +61,7 @@ async fn drift_is_reported_and_repaired() {
     let difference = |id: &str, chat: &str, messages: u32| {
         json!({
             "external_id": id, "chat": chat, "messages_missing": messages, "fields": [],
+            "not_repaired": null,
         })
     };
     let expected = json!({
@@ -357,6 +358,264 @@ async fn own_change_of_unknown_outcome() {
             let (output, clean) = verify(t, arguments).await;
             assert!(clean, "{output}");
         }
+    })
+    .await;
+}
+
+/// An interrupted `verify --repair` that the daemon has finished is over: what is erased later stays erased.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn interrupted_repair_ends_once_finished() {
+    run_live_test(async |t| {
+        t.differs("a chat is erased");
+        delivered(t).await;
+        t.set("--rebuild", "report");
+        t.our_api.outage(Some(status(503)));
+        let mut command = t.program("verify");
+        command
+            .arg("--repair")
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let command = Process::spawn(command);
+        until("it is requested", async || {
+            t.value::<i64>("SELECT count(*) FROM verifications WHERE NOT idle") == 1
+        })
+        .await;
+        command.signal(Signal::TERM);
+        assert_eq!(command.ended().await.code(), Some(1));
+        t.our_api.outage(None);
+        let daemon = t.start();
+        until("the daemon has finished the repair", async || {
+            t.value::<i64>("SELECT coalesce(max(verified), 0) FROM verifications WHERE NOT idle")
+                == 3
+        })
+        .await;
+        // Days later, the chat is erased in OurAPI. Only the chat of a new event is built.
+        t.our_api.loses_chat("10");
+        t.bigchat
+            .reports([message(10, t.now(), "are you still there?")]);
+        t.until_events("delivered", 7).await;
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        daemon.stop().await;
+        let held = t.our_api.data();
+        let chat = held
+            .chats
+            .iter()
+            .find(|chat| chat.external_id == "10")
+            .expect("a chat")
+            .chat_id;
+        let texts: Vec<_> = held.messages[&chat]
+            .iter()
+            .map(|message| message.text.clone())
+            .collect();
+        assert_eq!(
+            texts,
+            ["are you still there?"],
+            "--rebuild report restores nothing"
+        );
+    })
+    .await;
+}
+
+/// A chat that could not be read was not repaired.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn unreadable_chat_is_not_repaired() {
+    run_live_test(async |t| {
+        t.set("--max-attempts", "2");
+        delivered(t).await;
+        let chat = t.our_api.data().chats[0].chat_id;
+        let messages = format!("GET /chats/{chat}/messages");
+        t.our_api.upset(&messages, status(500).always());
+        let (json, _) = verify(t, &["--repair", "--json"]).await;
+        let (output, _) = verify(t, &["--repair"]).await;
+        t.our_api.calm();
+        assert!(output.contains("unreadable"), "{output}");
+        assert!(
+            output.contains("1 chat not repaired completely"),
+            "{output}"
+        );
+        let object: Value = serde_json::from_str(&json).expect("JSON");
+        assert_eq!(object["repaired"], json!(false), "{json}");
+    })
+    .await;
+}
+
+/// A message that OurAPI now rejects was not repaired.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rejected_message_is_not_repaired() {
+    run_live_test(async |t| {
+        t.differs("OurAPI rejects the message now");
+        delivered(t).await;
+        t.our_api.loses_message("11");
+        t.our_api.upset(ADD_MESSAGE, status(422));
+        let (output, _) = verify(t, &["--repair"]).await;
+        assert_eq!(t.events("failed"), 1);
+        assert!(
+            output.contains("1 chat not repaired completely"),
+            "{output}"
+        );
+        assert!(
+            output.contains("chat 11: not repaired: an event could"),
+            "{output}"
+        );
+    })
+    .await;
+}
+
+/// An agent that another client has set, in a chat without a TRANSFER.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn changed_agent_without_transfer() {
+    run_live_test(async |t| {
+        t.differs("another client changes the agent");
+        delivered(t).await;
+        let data = t.our_api.data();
+        let of = |id: &str| {
+            let mut chats = data.chats.iter();
+            chats
+                .find(|chat| chat.external_id == id)
+                .expect("a chat")
+                .agent_id
+        };
+        let (own, other) = (of("10"), of("11"));
+        assert!(own.is_some() && own != other);
+        t.our_api
+            .is_changed("10", &json!({"agent_id": other}))
+            .await;
+        let (output, _) = verify(t, &["--repair"]).await;
+        let after = t.our_api.data();
+        let mut chats = after.chats.iter();
+        let agent = chats
+            .find(|chat| chat.external_id == "10")
+            .expect("a chat")
+            .agent_id;
+        assert_eq!(agent, other, "no TRANSFER names another");
+        assert!(
+            output.contains("chat 10: not repaired: no TRANSFER"),
+            "{output}"
+        );
+        assert_eq!(t.status().0["drifted"], json!(1));
+        let (again, clean) = verify(t, &[]).await;
+        assert!(!clean && again.contains("agent_id is"), "{again}");
+    })
+    .await;
+}
+
+/// `verify --repair` without a daemon ends only when the fields of all chats are written.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn field_repair_of_many_chats() {
+    run_live_test(async |t| {
+        let now = t.now();
+        let ids = 10..210;
+        let events = ids.clone().map(|id| {
+            t.bigchat.open(id, now - 100, 1);
+            end(id, now - 5)
+        });
+        t.bigchat.reports(events.collect::<Vec<_>>());
+        t.once().await;
+        for id in ids {
+            t.our_api
+                .is_changed(&id.to_string(), &json!({"ended_at": null}))
+                .await;
+        }
+        t.our_api.set_latency(Duration::from_millis(10));
+        let (output, _) = verify(t, &["--repair"]).await;
+        let left = t
+            .our_api
+            .data()
+            .chats
+            .iter()
+            .filter(|chat| chat.ended_at.is_none())
+            .count();
+        assert!(output.contains("everything was repaired"), "{output}");
+        assert_eq!(
+            left, 0,
+            "chats without their end after `everything was repaired`"
+        );
+    })
+    .await;
+}
+
+/// The same for one chat whose repair is answered with an error at first.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn field_repair_is_awaited() {
+    run_live_test(async |t| {
+        delivered(t).await;
+        t.set("--retry-initial", "4s").set("--retry-max", "4s");
+        t.our_api.is_changed("12", &json!({"ended_at": null})).await;
+        t.our_api.upset("PATCH", status(503));
+        let (output, _) = verify(t, &["--repair"]).await;
+        let data = t.our_api.data();
+        let mut chats = data.chats.iter();
+        let chat = chats.find(|chat| chat.external_id == "12").expect("a chat");
+        assert!(chat.ended_at.is_some(), "{output}");
+        assert!(output.contains("everything was repaired"), "{output}");
+    })
+    .await;
+}
+
+/// A chat that has only failed events is created again before the command ends.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn repair_of_chat_without_waiting_events() {
+    run_live_test(async |t| {
+        t.set("--rebuild", "off")
+            .set("--retry-initial", "4s")
+            .set("--retry-max", "4s");
+        let now = t.now();
+        t.bigchat.open(42, now - 100, 1);
+        // OurAPI stores no message of one character.
+        t.bigchat.reports([message(42, now - 5, "k")]);
+        t.once().await;
+        assert_eq!((t.events("failed"), t.our_api.chats().len()), (1, 1));
+        t.our_api.loses_chat("42");
+        t.our_api.upset("POST /chats", status(503));
+        let (output, _) = verify(t, &["--repair"]).await;
+        assert_eq!(t.our_api.chats().len(), 1, "{output}");
+        assert!(output.contains("everything was repaired"), "{output}");
+    })
+    .await;
+}
+
+/// The same by default: what another client changes later is not overwritten.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn interrupted_repair_and_a_later_change() {
+    run_test(async |t| {
+        t.differs("another client changes a chat");
+        t.set("--retention", "1h").set("--max-window", "60s");
+        t.bigchat.reports([start(42, 0), message(42, 5, "hello")]);
+        t.once().await;
+        t.our_api.outage(Some(status(503)));
+        let mut command = t.program("verify");
+        command
+            .arg("--repair")
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let command = Process::spawn(command);
+        until("it is requested", async || {
+            t.value::<i64>("SELECT count(*) FROM verifications WHERE NOT idle") == 1
+        })
+        .await;
+        command.signal(Signal::TERM);
+        assert_eq!(command.ended().await.code(), Some(1));
+        t.our_api.outage(None);
+        let daemon = t.start();
+        until("the daemon has finished the repair", async || {
+            t.value::<i64>("SELECT coalesce(max(verified), 0) FROM verifications WHERE NOT idle")
+                == 1
+        })
+        .await;
+        t.execute("UPDATE deliveries SET delivered_at = delivered_at - 7200000");
+        t.bigchat.clock(3 * 3600);
+        until("the events are dropped", async || {
+            t.value::<i64>("SELECT count(*) FROM events") == 0
+        })
+        .await;
+        let changed = json!({"started_at": "2026-11-22T21:00:00Z"});
+        t.our_api.is_changed("42", &changed).await;
+        t.bigchat.reports([message(42, 3 * 3600 - 5, "much later")]);
+        t.until_events("delivered", 1).await;
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        daemon.stop().await;
+        let chats = t.our_api.chats();
+        assert!(chats[0].starts_with("42 21:00:00"), "{chats:?}");
     })
     .await;
 }

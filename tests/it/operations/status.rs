@@ -588,3 +588,46 @@ async fn outage_seen_by_a_forgotten_event() {
     })
     .await;
 }
+
+/// A lost chat of which no event is stored any more is no problem that `verify --repair` cannot solve.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lost_chat_beyond_the_retention() {
+    run_live_test(async |t| {
+        t.set("--retention", "0s").set("--max-window", "10s");
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        t.bigchat.reports([message(10, now - 90, "hello")]);
+        let daemon = t.start();
+        t.until_events("delivered", 1).await;
+        until("that is recorded", async || {
+            t.value::<i64>("SELECT count(*) FROM deliveries") == 1
+        })
+        .await;
+        t.execute("UPDATE deliveries SET delivered_at = 0");
+        until("the event is dropped", async || {
+            t.value::<i64>("SELECT count(*) FROM events") == 0
+        })
+        .await;
+        daemon.stop().await;
+        t.differs("OurAPI has lost the chat, and its events are dropped");
+        // The loss is noticed, but the operator does not want it to be restored.
+        t.our_api.loses_everything();
+        let mut store = Store::open_shared(&t.db()).expect("a database");
+        store.record_loss(Millis::now()).expect("a loss");
+        t.set("--rebuild", "report");
+        t.start();
+        until("the chat was checked", async || {
+            t.value::<i64>(
+                "SELECT min(verified_losses) FROM conversations WHERE external_id IS NOT NULL",
+            ) == 1
+        })
+        .await;
+        let mut verify = t.program("verify");
+        verify.arg("--repair");
+        let verified = finished(verify).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let (status, _) = t.status();
+        assert_eq!(problems(&status), [""; 0], "{}", printed(&verified));
+    })
+    .await;
+}
