@@ -799,8 +799,16 @@ async fn verify_ends_beside_a_stuck_event() {
         t.bigchat.reports([transfer(10, 210, 9)]);
         until("the transfer fails", async || t.attempts() > 3).await;
         let verified = tokio::time::timeout(Duration::from_secs(20), verify(t, &[])).await;
-        daemon.stop().await;
         verified.expect("`verify` ends");
+        t.our_api.loses_message("10");
+        let repair = verify(t, &["--repair"]);
+        let repaired = tokio::time::timeout(Duration::from_secs(40), repair).await;
+        daemon.stop().await;
+        let (output, _) = repaired.expect("`verify --repair` ends");
+        assert!(
+            output.contains("chat 10: not repaired: an event of the conversation waits"),
+            "{output}"
+        );
     })
     .await;
 }

@@ -619,3 +619,18 @@ async fn interrupted_repair_and_a_later_change() {
     })
     .await;
 }
+
+/// An invalid row of the database does not keep `verify` from ending.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn invalid_row_and_a_command() {
+    run_live_test(async |t| {
+        delivered(t).await;
+        t.execute("UPDATE conversations SET chat_agent = 'nobody' WHERE bigchat_id = 10");
+        for arguments in [&[][..], &["--repair"]] {
+            let (output, clean) = verify(t, arguments).await;
+            assert!(!clean && output.contains("unreadable"), "{output}");
+            assert!(output.contains("3 chats verified"), "{output}");
+        }
+    })
+    .await;
+}
