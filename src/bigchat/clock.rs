@@ -246,6 +246,18 @@ mod tests {
     }
 
     #[test]
+    fn answer_without_a_date() {
+        let clock = BigChatClock::default();
+        assert!(!clock.has_answered());
+        clock.observe(None);
+        assert!(clock.has_answered());
+        clock.observe(Some(at(1_000_000)));
+        assert!(!clock.has_answered(), "a date that is not believed yet");
+        clock.observe(Some(at(1_000_000)));
+        assert!(clock.has_answered());
+    }
+
+    #[test]
     fn jump_to_this_machines_time() {
         let off = 1_000_000;
         assert_eq!(offset_after(&[off, off, 0]), 0, "believed at once");

@@ -290,8 +290,6 @@ impl Poller {
         self.store_unstored().await?;
         self.journal.with(|store| store.in_place()).await?;
         self.learn_time().await?;
-        let (there, asked_at) = (self.source.clock().now(), Instant::now());
-        let now = there.unwrap_or_else(Timestamp::of_this_machine);
         // Some stored pages may not be ingested yet, because the daemon was stopped or the journal refused them. The
         // earlier pages of an unfinished window also show which messages on later pages are repeats.
         let mut pages = Pages::load(&self.journal).await?;
@@ -301,6 +299,8 @@ impl Poller {
         if self.signals.stopping.is_cancelled() {
             return Ok(PollOutcome::Incomplete);
         }
+        let (there, asked_at) = (self.source.clock().now(), Instant::now());
+        let now = there.unwrap_or_else(Timestamp::of_this_machine);
         let poll = self.next_poll(now).await?;
         if poll.next_page.is_none() {
             self.window_at = Some(asked_at);
