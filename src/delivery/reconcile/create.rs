@@ -19,8 +19,8 @@ impl Reconciliation {
         self.conversation.observed.chat.is_none() && is_unread && !is_complete
     }
 
-    /// Reads the details of a conversation that BigChat has denied, if its chat has no agent. If BigChat does not answer,
-    /// the next verification asks again.
+    /// Reads the details of a conversation that BigChat has denied, if its chat has no agent. If BigChat does not
+    /// answer, the next verification asks again.
     pub(super) async fn read_denied_details(
         &mut self,
         found: &our_api::Chat,
