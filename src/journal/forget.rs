@@ -157,7 +157,7 @@ pub(super) fn erase(
     now: Millis,
 ) -> Result<()> {
     settle(transaction, conversation, now)?;
-    // Retention drops an event by its delivery. Dead letters have none, and neither have retried events that still wait.
+    // Retention drops an event by its delivery. Dead letters and waiting retried events have none.
     transaction
         .prepare_cached(
             "INSERT INTO deliveries (conversation, from_event, through, delivered_at, effect)

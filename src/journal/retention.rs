@@ -128,8 +128,8 @@ impl Store {
     }
 
     /// Drops the credits of conversations of which no event waits, because they contain the text of messages that may
-    /// have been dropped. A later event may still match one if its window begins before the session, at `started_at`, so
-    /// nothing is dropped as long as the next window does. Should a later one do, the chats count as not read.
+    /// have been dropped. A later event may match one if its window begins before the session, at `started_at`. So
+    /// nothing is dropped as long as the next window does, and should a later one do so, the chats count as not read.
     pub fn drop_credits(&mut self, started_at: Timestamp, overlap: Duration) -> Result<()> {
         let cursor = self.poll_state()?.cursor;
         if cursor.is_none_or(|cursor| cursor.minus(overlap) < started_at) {
@@ -138,8 +138,8 @@ impl Store {
         let conversations: Vec<ConversationId> = self
             .connection
             .prepare_cached(
-                "SELECT DISTINCT r.conversation FROM credits r JOIN conversations c ON c.id = r.conversation
-                 WHERE c.waiting = 0 LIMIT ?1",
+                "SELECT DISTINCT conversation FROM credits
+                 WHERE (SELECT waiting FROM conversations WHERE id = credits.conversation) = 0 LIMIT ?1",
             )?
             .query_map([CREDITS_BATCH], |row| row.get(0))?
             .collect::<rusqlite::Result<_>>()?;

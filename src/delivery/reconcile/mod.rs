@@ -327,8 +327,8 @@ impl Reconciliation {
         }
     }
 
-    /// Handles a not-found response for the chat. The chat counts as gone only if OurAPI's list confirms it. If the chat
-    /// was just created, the attempt has failed, so that the chat is not created again without a back-off.
+    /// Handles a not-found response for the chat. The chat counts as gone only if OurAPI's list confirms it. If it was
+    /// just created, the attempt has failed, so that the chat is not created again without a back-off.
     async fn chat_missing(&mut self, error: ApiError) -> Result<(), AttemptError> {
         match self.refresh().await? {
             Refreshed::Gone => {
