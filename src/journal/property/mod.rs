@@ -314,7 +314,7 @@ impl Pair {
             window: Window { start: at, end: at },
             body: serde_json::json!({ "nextPageUrl": null, "events": events }).to_string(),
             events: events.len(),
-            window_at: None,
+            window_at: Some(self.now()),
             progress: WindowProgress::Complete(at),
         };
         self.store.store_page(&new_page).expect("a stored page");
