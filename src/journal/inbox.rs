@@ -383,8 +383,8 @@ impl Store {
                     now,
                 )
                 .map(|new| {
-                    ingested.new += usize::from(new);
-                    counts.of(Some(event.kind)).received += u32::from(new);
+                    ingested.new += usize::from(new.is_some());
+                    counts.of(Some(event.kind)).received += u32::from(new.is_some());
                     // A time in the future does not show how old the event is.
                     newest = newest.max(Some(event.at.min(page.served_at)));
                 }),
@@ -493,22 +493,22 @@ fn move_cursor(transaction: &Transaction<'_>, cursor: Timestamp, now: Millis) ->
     Ok(())
 }
 
-/// Ingests one event, unless the journal already has as many equal ones as were received. Returns whether it is new.
+/// Ingests one event, unless the journal already has as many equal ones as were received. Returns its id if it is new.
 fn ingest(
     transaction: &Transaction<'_>,
     epoch: Epoch,
     event: &Event,
     received: u32,
     now: Millis,
-) -> Result<bool> {
+) -> Result<Option<EventId>> {
     let known = conversation(transaction, epoch, event)?;
     if count_equal(transaction, known, event)? >= received.max(1) {
-        return Ok(false);
+        return Ok(None);
     }
-    insert(transaction, known, event, now)?;
+    let id = insert(transaction, known, event, now)?;
     if known.is_forgotten {
         forget::settle(transaction, known.id, now)?;
-        return Ok(true);
+        return Ok(Some(id));
     }
     // The conversation becomes due, unless it is waiting for its next attempt, or a write may still be in flight. The
     // back-off of a failed verification does not delay the event.
@@ -519,7 +519,7 @@ fn ingest(
              WHERE id = ?1",
         )?
         .execute(params![known.id, now])?;
-    Ok(true)
+    Ok(Some(id))
 }
 
 /// The conversation of an event.
@@ -601,21 +601,26 @@ fn count_equal(connection: &rusqlite::Connection, known: Known, event: &Event) -
         )?)
 }
 
-fn insert(transaction: &Transaction<'_>, known: Known, event: &Event, now: Millis) -> Result<()> {
-    transaction
+fn insert(
+    transaction: &Transaction<'_>,
+    known: Known,
+    event: &Event,
+    now: Millis,
+) -> Result<EventId> {
+    let values = params![
+        known.id,
+        event.kind,
+        event.at,
+        known.stored_data(event),
+        event.fingerprint(),
+        now
+    ];
+    Ok(transaction
         .prepare_cached(
             "INSERT INTO events (conversation, kind, event_at, data, fingerprint, received_at)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6) RETURNING id",
         )?
-        .execute(params![
-            known.id,
-            event.kind,
-            event.at,
-            known.stored_data(event),
-            event.fingerprint(),
-            now
-        ])?;
-    Ok(())
+        .query_row(values, |row| row.get(0))?)
 }
 
 /// Stores an unparsable event as a dead letter, unless it is stored already.
@@ -693,16 +698,18 @@ pub(super) fn ingest_dead_letter(
         }
     };
     let count = if event.kind.is_message() { received } else { 1 };
-    let mut is_new = false;
-    while ingest(transaction, epoch, &event, count, now)? {
-        is_new = true;
-    }
-    if is_new && event.kind.is_message() {
+    while let Some(new) = ingest(transaction, epoch, &event, count, now)? {
         transaction
             .prepare_cached(
-                "UPDATE conversations SET stale_seq = stale_seq + 1 WHERE epoch = ?1 AND bigchat_id = ?2",
+                "INSERT INTO attempts (event, conversation, attempts, counted, reason, request, response)
+                 SELECT e.id, e.conversation, 1, 0, a.reason, '', '' FROM events e, attempts a WHERE e.id = ?1 AND a.event = ?2",
             )?
-            .execute(params![epoch, event.conversation])?;
+            .execute([new, id])?;
+        transaction
+            .prepare_cached(
+                "UPDATE conversations SET stale_seq = stale_seq + 1 WHERE id = (SELECT conversation FROM events WHERE id = ?1)",
+            )?
+            .execute([new])?;
     }
     Ok(true)
 }

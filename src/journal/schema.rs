@@ -25,6 +25,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("../../migrations/0004_permanent.sql"),
     include_str!("../../migrations/0005_poll_state.sql"),
     include_str!("../../migrations/0006_requested_chats.sql"),
+    include_str!("../../migrations/0007_forgotten.sql"),
 ];
 
 /// How long a statement waits for another process (a command, a backup). It is short, because the daemon tries again
@@ -456,6 +457,34 @@ mod tests {
             )
             .expect("dead letters");
         assert_eq!(permanent, "1,3");
+    }
+
+    /// In earlier versions, a failed event of a forgotten conversation had no delivery, so it was never dropped.
+    #[test]
+    fn upgrade_settles_forgotten_events() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut old = made(&directory.path().join("a.db"));
+        let (newest, before) = MIGRATIONS.split_last().expect("migrations");
+        for migration in before {
+            old.execute_batch(migration).expect("a schema");
+        }
+        old.execute_batch(
+            "INSERT INTO conversations (id, epoch, bigchat_id, forgotten_at, forgotten_by) VALUES (1, 1, 42, 7, 'me'), (2, 1, 43, NULL, NULL);
+             INSERT INTO events (id, conversation, kind, event_at, fingerprint, received_at)
+                VALUES (1, 1, 'START', 0, 0, 0), (2, 1, 'MESSAGE', 0, 0, 0), (3, 2, 'START', 0, 0, 0);
+             INSERT INTO deliveries (conversation, from_event, through, delivered_at, effect) VALUES (1, 1, 1, 5, 'chat created');",
+        )
+        .expect("events");
+        let transaction = old.transaction().expect("a transaction");
+        transaction.execute_batch(newest).expect("an upgrade");
+        let deliveries: String = transaction
+            .query_row(
+                "SELECT group_concat(from_event || ' at ' || delivered_at, ', ') FROM deliveries",
+                [],
+                |row| row.get(0),
+            )
+            .expect("deliveries");
+        assert_eq!(deliveries, "1 at 5, 2 at 7");
     }
 
     #[test]

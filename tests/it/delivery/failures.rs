@@ -286,6 +286,29 @@ async fn refused_message_and_a_changed_agent() {
     .await;
 }
 
+/// A message that could not be parsed at first does not overwrite what another client has changed meanwhile.
+#[tokio::test]
+async fn unparsable_message_and_a_changed_agent() {
+    run_test(async |t| {
+        t.differs("another client changes the agent");
+        let daemon = with_a_chat(t).await;
+        let note = json!({
+            "conversation_id": 42, "event_name": "NOTE", "event_at": unix(5), "data": {"message": "Hello"}
+        });
+        t.bigchat.reports([note]);
+        t.until_events("failed", 1).await;
+        t.our_api.is_changed("42", &json!({"agent_id": null})).await;
+        // As if this program were a version that can parse it.
+        t.execute("UPDATE events SET data = replace(data, 'NOTE', 'MESSAGE') WHERE kind = 'UNREADABLE'");
+        t.failed_command(&["retry", "--all"]).expect("it is there");
+        t.until_events("delivered", 2).await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.messages(), ["Hello"]);
+        assert_eq!(t.our_api.chats(), ["42 22:00:00 - -"]);
+    })
+    .await;
+}
+
 /// A denied advisor is asked about again after a poll interval, however long that is.
 #[tokio::test]
 async fn denial_with_a_long_poll_interval() {

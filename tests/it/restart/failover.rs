@@ -351,3 +351,78 @@ async fn unparsable_dead_letter_and_older_copy() {
     })
     .await;
 }
+
+/// With an older copy of the database, an END that can be parsed now does not replace a later one, as an END that is
+/// received does not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn unparsable_end_and_older_copy() {
+    run_live_test(async |t| {
+        t.differs("one event could not be parsed at first");
+        let now = t.now();
+        t.bigchat.open(42, now - 100, 1);
+        t.bigchat.reports([message(42, now - 20, "first")]);
+        t.once().await;
+        let stop = serde_json::json!({
+            "conversation_id": 42, "event_name": "STOP", "event_at": unix(now - 10), "data": null
+        });
+        t.bigchat.reports([stop]);
+        t.once().await;
+        assert_eq!(t.events("failed"), 1);
+        // As if this program were a version that can parse it.
+        t.execute("UPDATE events SET data = replace(data, 'STOP', 'END') WHERE kind = 'UNREADABLE'");
+        let copy = copy(t);
+        t.bigchat.reports([end(42, now - 5), transfer(42, now - 5, 7)]);
+        t.once().await;
+        let before = held(t);
+        restore(t, &copy);
+        let daemon = t.start();
+        t.until_polled().await;
+        // Windows that begin before the session are over.
+        t.until_cursor_passes(t.now() + 7).await;
+        let answer = t.failed_command(&["retry", "--all"]).expect("it is done");
+        assert!(answer.starts_with("1 failed event will be retried"), "{answer}");
+        t.until_events("delivered", 2).await;
+        daemon.stop().await;
+        assert_eq!(held(t), before, "the later END and TRANSFER stay");
+    })
+    .await;
+}
+
+/// With an older copy of the database, a message that can be parsed now does not undo a TRANSFER that the newer copy
+/// delivered.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn unparsable_message_before_a_transfer() {
+    run_live_test(async |t| {
+        t.differs("one event could not be parsed at first");
+        let now = t.now();
+        t.bigchat.open(42, now - 100, 1);
+        t.bigchat.reports([message(42, now - 20, "first"), end(42, now - 15)]);
+        t.once().await;
+        let note = serde_json::json!({
+            "conversation_id": 42, "event_name": "NOTE", "event_at": unix(now - 10), "data": {"message": "hello"}
+        });
+        t.bigchat.reports([note]);
+        t.once().await;
+        assert_eq!(t.events("failed"), 1);
+        // As if this program were a version that can parse it.
+        t.execute("UPDATE events SET data = replace(data, 'NOTE', 'MESSAGE') WHERE kind = 'UNREADABLE'");
+        let copy = copy(t);
+        t.bigchat.reports([end(42, now - 5), transfer(42, now - 5, 7)]);
+        t.once().await;
+        let before = t.our_api.chats();
+        restore(t, &copy);
+        let daemon = t.start();
+        t.until_polled().await;
+        // Windows that begin before the session are over.
+        t.until_cursor_passes(t.now() + 7).await;
+        let answer = t.failed_command(&["retry", "--all"]).expect("it is done");
+        assert!(answer.starts_with("1 failed event will be retried"), "{answer}");
+        t.until_events("delivered", 3).await;
+        daemon.stop().await;
+        let mut messages = t.our_api.messages();
+        messages.sort();
+        assert_eq!(messages, ["first", "hello"]);
+        assert_eq!(t.our_api.chats(), before, "the chat keeps its agent and its end");
+    })
+    .await;
+}
