@@ -675,8 +675,8 @@ fn insert_unreadable(
 
 /// Parses an unparsable dead letter again, for example after an upgrade of the program. If that succeeds, the event
 /// replaces the dead letter, in the dead letter's epoch: a message as often as it was received, any other event once.
-/// Otherwise, the reason is updated. Returns whether parsing succeeded. If this journal is a restored backup, a message
-/// may have been delivered after the backup was made, so the chat is read back first.
+/// Otherwise, the reason is updated. Returns whether parsing succeeded. If this journal is a restored backup, the
+/// event may have been delivered after the backup was made, so it counts as attempted, and its chat is read back first.
 pub(super) fn ingest_dead_letter(
     transaction: &Transaction<'_>,
     id: EventId,

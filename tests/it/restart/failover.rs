@@ -369,9 +369,12 @@ async fn unparsable_end_and_older_copy() {
         t.once().await;
         assert_eq!(t.events("failed"), 1);
         // As if this program were a version that can parse it.
-        t.execute("UPDATE events SET data = replace(data, 'STOP', 'END') WHERE kind = 'UNREADABLE'");
+        t.execute(
+            "UPDATE events SET data = replace(data, 'STOP', 'END') WHERE kind = 'UNREADABLE'",
+        );
         let copy = copy(t);
-        t.bigchat.reports([end(42, now - 5), transfer(42, now - 5, 7)]);
+        t.bigchat
+            .reports([end(42, now - 5), transfer(42, now - 5, 7)]);
         t.once().await;
         let before = held(t);
         restore(t, &copy);
@@ -380,7 +383,10 @@ async fn unparsable_end_and_older_copy() {
         // Windows that begin before the session are over.
         t.until_cursor_passes(t.now() + 7).await;
         let answer = t.failed_command(&["retry", "--all"]).expect("it is done");
-        assert!(answer.starts_with("1 failed event will be retried"), "{answer}");
+        assert!(
+            answer.starts_with("1 failed event will be retried"),
+            "{answer}"
+        );
         t.until_events("delivered", 2).await;
         daemon.stop().await;
         assert_eq!(held(t), before, "the later END and TRANSFER stay");
