@@ -1,6 +1,6 @@
 -- A `verify` command asks for a set of chats, and its request ends when each of them is verified and, if that was
--- requested, repaired. Open requests of earlier versions are dropped. `conversations.verified_in` is of the passes in idle
--- time only.
+-- requested, repaired. Open requests of earlier versions are dropped. `conversations.verified_in` is of the passes in
+-- idle time only.
 
 DROP TABLE findings;
 DELETE FROM verifications WHERE NOT idle;
@@ -13,7 +13,7 @@ CREATE TABLE requested_chats (
     state        TEXT,                           -- NULL: the chat is still to be verified
     messages     INTEGER NOT NULL DEFAULT 0,     -- how many were missing
     fields       TEXT NOT NULL DEFAULT '[]',     -- those that differ, as a JSON array
-    repairing    INTEGER NOT NULL DEFAULT 0 CHECK (repairing = 0 OR repairing = 1), -- 1: what was found is not repaired yet
+    repairing    INTEGER NOT NULL DEFAULT 0 CHECK (repairing = 0 OR repairing = 1), -- not repaired yet
     not_repaired TEXT,                           -- why something of it is not repaired
     PRIMARY KEY (conversation, verification)
 ) STRICT, WITHOUT ROWID;

@@ -2,8 +2,8 @@
 //! process that delivers does the work.
 //!
 //! A request by command is a set of chats. It ends when each of them is verified and, if that was requested, repaired,
-//! whether or not the command still runs. The pass in idle time is a number: a chat waits for it while the number of the
-//! chat's latest pass is smaller. Its row stays, because its end decides when the next pass begins.
+//! whether or not the command still runs. The pass in idle time is a number: a chat waits for it while the number of
+//! the chat's latest pass is smaller. Its row stays, because its end decides when the next pass begins.
 
 use std::collections::HashSet;
 use std::time::Duration;
