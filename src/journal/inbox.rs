@@ -222,7 +222,7 @@ impl Store {
         }
         drop_window(&transaction)?;
         move_cursor(&transaction, cursor, now)?;
-        transaction.execute("UPDATE poll_state SET read_at = ?1", [now])?;
+        transaction.execute("UPDATE poll_state SET read_at = ?1, idle_polls = 0", [now])?;
         transaction.execute("DELETE FROM inbox", [])?;
         transaction.commit()?;
         Ok(new)
@@ -440,7 +440,7 @@ impl Store {
     pub fn end_poll(&mut self, cursor: Timestamp, now: Millis, clock_ahead: i64) -> Result<()> {
         let transaction = self.begin()?;
         transaction.execute(
-            "UPDATE poll_state SET polled_at = ?1, clock_ahead = ?2, read_at = coalesce(window_at, read_at)",
+            "UPDATE poll_state SET polled_at = ?1, clock_ahead = ?2, read_at = coalesce(window_at, read_at), idle_polls = 0",
             params![now, clock_ahead],
         )?;
         transaction.execute("DELETE FROM inbox", [])?;
@@ -450,7 +450,8 @@ impl Store {
         Ok(())
     }
 
-    /// Drops the unfinished window and its pages. All their events must have been ingested.
+    /// Drops the unfinished window and its pages. All their events must have been ingested. The count of idle polls
+    /// continues, since the window is read again.
     pub fn forget_window(&mut self) -> Result<()> {
         let transaction = self.begin()?;
         transaction.execute("DELETE FROM inbox", [])?;
@@ -459,11 +460,14 @@ impl Store {
         Ok(())
     }
 
-    /// Counts a poll that used up its page budget without a new event. Returns how many such polls the unfinished window
-    /// has had.
-    pub fn count_idle_poll(&mut self) -> Result<u32> {
-        let sql = "UPDATE poll_state SET idle_polls = idle_polls + 1 RETURNING idle_polls";
-        Ok(self.connection.query_row(sql, [], |row| row.get(0))?)
+    /// Counts a poll that used up its page budget. Returns how many such polls found no new event, minus those that
+    /// did: if the window is read again, what was new then is known.
+    pub fn count_idle_poll(&mut self, is_idle: bool) -> Result<i64> {
+        let sql =
+            "UPDATE poll_state SET idle_polls = idle_polls + iif(?1, 1, -1) RETURNING idle_polls";
+        Ok(self
+            .connection
+            .query_row(sql, [is_idle], |row| row.get(0))?)
     }
 
     /// Deletes all stored pages except the last.
@@ -478,7 +482,7 @@ impl Store {
 
 fn drop_window(transaction: &Transaction<'_>) -> Result<()> {
     transaction.execute(
-        "UPDATE poll_state SET window_start = NULL, window_end = NULL, next_query = NULL, window_at = NULL, idle_polls = 0",
+        "UPDATE poll_state SET window_start = NULL, window_end = NULL, next_query = NULL, window_at = NULL",
         [],
     )?;
     Ok(())

@@ -47,9 +47,10 @@ const MAX_BYTES: usize = 8 << 20;
 /// next date agrees, so three probes suffice if the first date is wrong.
 const CLOCK_ATTEMPTS: u32 = 3;
 
-/// After this many polls of one window that used up their page budget without a new event, the window counts as read,
-/// since a service may return known events without end. No overlap has as many pages.
-const MAX_IDLE_POLLS: u32 = 100;
+/// After more than this many polls of one window that used up their page budget without a new event, the window counts
+/// as read, since a service may return known events without end. That is 4,000 pages: no overlap has as many, and
+/// events of the next window wait no longer than it takes to read them.
+const MAX_IDLE_POLLS: i64 = 20;
 
 /// The length of the first window without `--since`.
 const FIRST_WINDOW: Duration = Duration::from_secs(10);
@@ -121,8 +122,11 @@ pub struct Poller {
 enum PollOutcome {
     /// BigChat was read up to now.
     UpToDate,
-    /// The next poll follows at once.
+    /// The window was read to its end. The next one follows at once.
     More,
+    /// The window is unfinished, and all events of this poll were known. The next poll continues at once, so that known
+    /// pages do not delay new events.
+    Known,
     /// The window is unfinished. The next poll continues after the last stored page, or reads the window again from its
     /// beginning.
     Incomplete,
@@ -178,12 +182,12 @@ impl Poller {
         let mut tick = Instant::now();
         loop {
             let result = self.poll().await;
-            if !matches!(result, Ok(PollOutcome::More)) {
+            if !matches!(result, Ok(PollOutcome::More | PollOutcome::Known)) {
                 self.signals.caught_up.cancel();
             }
             let wait = match result {
                 _ if self.unstored.is_some() => STORAGE_PAUSE.min(interval),
-                Ok(PollOutcome::More) => Duration::ZERO,
+                Ok(PollOutcome::More | PollOutcome::Known) => Duration::ZERO,
                 _ => {
                     if !self.signals.storage.poller.is_refused() {
                         self.prune(tick + interval).await;
@@ -215,7 +219,7 @@ impl Poller {
             up_to_date = matches!(result, Ok(PollOutcome::UpToDate));
             match result {
                 _ if self.unstored() > 0 => sleep(STORAGE_PAUSE).await,
-                Ok(PollOutcome::More) => {}
+                Ok(PollOutcome::More | PollOutcome::Known) => {}
                 Err(PollError::Unanswered) => tokio::select! {
                     () = sleep(self.settings.poll_interval.min(self.settings.retry_max)) => {}
                     () = self.signals.stopping.cancelled() => {}
@@ -231,7 +235,7 @@ impl Poller {
     /// One poll. Errors are logged here, and the next poll continues from the last stored page.
     async fn poll(&mut self) -> Result<PollOutcome, PollError> {
         let result = self.try_poll().await;
-        if !matches!(result, Ok(PollOutcome::More)) {
+        if !matches!(result, Ok(PollOutcome::More | PollOutcome::Known)) {
             self.source.clock().count_poll();
         }
         let storage = &self.signals.storage;
@@ -240,7 +244,7 @@ impl Poller {
                 storage.poller.succeeded();
                 metrics::Poll::Complete
             }
-            Ok(PollOutcome::Incomplete) => {
+            Ok(PollOutcome::Known | PollOutcome::Incomplete) => {
                 storage.poller.succeeded();
                 metrics::Poll::Incomplete
             }
@@ -321,10 +325,10 @@ impl Poller {
             FetchEnd::Complete(cursor) => (cursor, PollOutcome::UpToDate),
             FetchEnd::Stuck => return self.read_again().await,
             FetchEnd::TooOld(oldest) => return self.skip_gap(oldest).await,
-            FetchEnd::Budget if self.continues(progress).await? => {
-                return Ok(PollOutcome::Incomplete);
-            }
-            FetchEnd::Budget => (poll.window.end, PollOutcome::UpToDate),
+            FetchEnd::Budget => match self.continues(progress, poll.window).await? {
+                Some(outcome) => return Ok(outcome),
+                None => (poll.window.end, PollOutcome::UpToDate),
+            },
         };
         self.end_poll(cursor).await?;
         self.read_at = self.window_at;
@@ -366,19 +370,33 @@ impl Poller {
             .await
     }
 
-    /// Whether the next poll continues from the page reached, after a poll that has used up its page budget. `progress`:
-    /// whether that poll found a new event. New events may also follow more known ones than one poll can read.
-    async fn continues(&self, progress: bool) -> Result<bool, JournalError> {
-        if !progress && self.journal.with(|store| store.count_idle_poll()).await? > MAX_IDLE_POLLS {
+    /// The outcome of a poll that has used up its page budget. The next poll continues from the page reached, even if
+    /// this one found no new event (`progress`), since new events may follow more known ones than one poll can read. `None`:
+    /// there were too many such polls.
+    async fn continues(
+        &self,
+        progress: bool,
+        window: Window,
+    ) -> Result<Option<PollOutcome>, JournalError> {
+        let idle_polls = self
+            .journal
+            .with(move |store| store.count_idle_poll(!progress))
+            .await?;
+        if progress {
             tracing::warn!(
-                "BigChat's pages do not end and have no new events; treating the window as complete"
+                "a poll has used up its page budget; the next one continues from the page reached"
             );
-            return Ok(false);
+            return Ok(Some(PollOutcome::Incomplete));
         }
-        tracing::warn!(
-            "a poll has used up its page budget; the next one continues from the page reached"
-        );
-        Ok(true)
+        if idle_polls > MAX_IDLE_POLLS {
+            tracing::warn!(
+                from = %window.start, until = %window.end,
+                "BigChat's pages have only known events and do not end; treating the window as complete, its later pages \
+                 are not read"
+            );
+            return Ok(None);
+        }
+        Ok(Some(PollOutcome::Known))
     }
 
     /// The next poll reads the window again from its beginning.

@@ -650,21 +650,23 @@ fn reports_pages(t: &Test, pages: i64) {
     t.bigchat.reports(Page::from(vec![event(pages)]));
 }
 
-/// A poll without end pauses after its page budget, and the next poll continues from there, even if it has found nothing
-/// new.
+/// A poll without end pauses after its page budget, and the next poll continues from there, at once if all pages were
+/// known.
 #[tokio::test]
 async fn poll_without_end() {
     run_test(async |t| {
         let rest = ["page=201", "page=202", "page=203"];
-        for held in [200, 203] {
-            reports_pages(t, 203);
-            t.once().await;
-            assert_eq!(t.bigchat.queries().len(), 200);
-            assert_eq!(t.our_api.messages().len(), held);
-            t.once().await;
-            assert_eq!(t.bigchat.queries(), rest);
-            assert_eq!(t.our_api.messages().len(), 203);
-        }
+        reports_pages(t, 203);
+        t.once().await;
+        assert_eq!(t.bigchat.queries().len(), 200);
+        assert_eq!(t.our_api.messages().len(), 200);
+        t.once().await;
+        assert_eq!(t.bigchat.queries(), rest);
+        assert_eq!(t.our_api.messages().len(), 203);
+        reports_pages(t, 203);
+        t.once().await;
+        assert_eq!(t.bigchat.queries()[200..], rest);
+        assert_eq!(t.our_api.messages().len(), 203);
     })
     .await;
 }
@@ -708,29 +710,62 @@ async fn new_events_after_a_full_overlap() {
     .await;
 }
 
-/// Known pages without end complete the poll after many polls. The cursor then moves, which shows that BigChat's clock
-/// advances.
+/// Known pages without end complete the poll after many page budgets, which are read without waiting, so that new events
+/// of the next window are not delayed. The cursor then moves, which shows that BigChat's clock advances.
 #[tokio::test]
 async fn known_pages_without_end() {
     run_test(async |t| {
-        reports_pages(t, 403);
-        for _ in 0..3 {
+        reports_pages(t, 603);
+        for _ in 0..4 {
             t.once().await;
         }
+        t.bigchat.queries();
         let before = t.cursor();
         t.execute("UPDATE poll_state SET cursor_moved_at = cursor_moved_at - 600000");
         t.bigchat.clock(NOW + 60);
-        reports_pages(t, 403);
-        t.execute("UPDATE poll_state SET idle_polls = 99");
+        for n in 1..=600 {
+            let event = message(42, n, &format!("text {n}"));
+            t.bigchat.reports(page([event], format!("?page={}", n + 1)));
+        }
+        t.execute("UPDATE poll_state SET idle_polls = 18");
         t.once().await;
-        assert_eq!(t.cursor(), before, "the next poll continues");
-        t.once().await;
+        assert_eq!(t.bigchat.queries().len(), 600);
         assert!(t.cursor() > before, "the cursor moves");
         let (shown, _) = t.status();
         let problems = shown["problems"].to_string();
         assert!(!problems.contains("has not advanced"), "{problems}");
         let idle: i64 = t.value("SELECT idle_polls FROM poll_state");
         assert_eq!(idle, 0, "the next window begins anew");
+        t.bigchat.reports([message(42, 604, "new")]);
+        t.once().await;
+        assert_eq!(t.our_api.messages().len(), 604);
+    })
+    .await;
+}
+
+/// An overlap that fills the page budget, and whose next page is gone by the next poll, does not stop polling for good.
+/// The polls before the window is read again count, too.
+#[tokio::test]
+async fn known_pages_before_missing_page() {
+    run_test(async |t| {
+        reports_pages(t, 203);
+        t.once().await;
+        t.once().await;
+        let before = t.cursor();
+        t.bigchat.clock(NOW + 60);
+        t.bigchat
+            .upset("GET /events?page=201", status(404).always());
+        t.execute("UPDATE poll_state SET idle_polls = 18");
+        for _ in 0..6 {
+            for n in 1..=200 {
+                let event = message(42, n, &format!("text {n}"));
+                t.bigchat.reports(page([event], format!("?page={}", n + 1)));
+            }
+        }
+        for _ in 0..6 {
+            t.once().await;
+        }
+        assert!(t.cursor() > before, "the cursor moves");
     })
     .await;
 }
@@ -800,14 +835,18 @@ async fn window_rescanned_across_restarts() {
         t.once().await;
         t.once().await;
         assert_eq!(t.our_api.messages().len(), 202);
+        t.bigchat.queries();
+        let idle: i64 = t.value("SELECT idle_polls FROM poll_state");
+        assert_eq!(
+            idle, -1,
+            "pages that were new do not count when they are read again"
+        );
         // The window is read from its beginning, although no page of the first poll has a new event.
         pages(202);
         t.bigchat.reports([message(42, 203, "text 203")]);
         t.once().await;
-        t.bigchat.queries();
-        t.once().await;
         let rest = ["page=201", "page=202", "page=203"];
-        assert_eq!(t.bigchat.queries(), rest);
+        assert_eq!(t.bigchat.queries()[200..], rest);
         assert_eq!(t.our_api.messages().len(), 203);
     })
     .await;
