@@ -83,6 +83,15 @@ impl AttemptError {
         matches!(self, Self::Read(_) | Self::Write(_))
     }
 
+    /// Whether the cause lies in this program or its database, and waiting does not remove it.
+    pub(super) fn is_bug_or_damage(&self) -> bool {
+        match self {
+            Self::Journal(error) => !error.is_transient(),
+            Self::Panicked => true,
+            _ => false,
+        }
+    }
+
     fn is_denial(&self) -> bool {
         matches!(self, Self::Read(error) if error.kind == ErrorKind::Denied)
     }

@@ -165,7 +165,7 @@ impl Reporter {
             return;
         }
         match report.verify {
-            Some(_) if error.is_of_api() => {
+            Some(_) if error.is_of_api() || error.is_bug_or_damage() => {
                 report.found = Some(VerificationResult {
                     is_unreadable: true,
                     ..VerificationResult::default()

@@ -634,3 +634,22 @@ async fn invalid_row_and_a_command() {
     })
     .await;
 }
+
+/// An event whose row is invalid does not keep `verify` from ending.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn invalid_event_and_a_command() {
+    run_live_test(async |t| {
+        t.differs("one row is invalid");
+        delivered(t).await;
+        t.set("--max-attempts", "3")
+            .set("--retry-initial", "50ms")
+            .set("--retry-max", "100ms");
+        t.execute(
+            "UPDATE events SET data = '{}' WHERE kind = 'MESSAGE'
+                AND conversation = (SELECT id FROM conversations WHERE bigchat_id = 10)",
+        );
+        let verified = tokio::time::timeout(Duration::from_secs(25), verify(t, &[])).await;
+        verified.expect("`verify` ends");
+    })
+    .await;
+}
