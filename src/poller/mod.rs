@@ -371,8 +371,8 @@ impl Poller {
     }
 
     /// The outcome of a poll that has used up its page budget. The next poll continues from the page reached, even if
-    /// this one found no new event (`progress`), since new events may follow more known ones than one poll can read. `None`:
-    /// there were too many such polls.
+    /// this one found no new event (`progress`), since new events may follow more known ones than one poll can read.
+    /// `None`: there were too many such polls.
     async fn continues(
         &self,
         progress: bool,
