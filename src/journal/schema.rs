@@ -329,6 +329,17 @@ mod tests {
         connect_to(path).expect("a database")
     }
 
+    /// A new file, with the schema of an earlier version.
+    fn of_version(version: usize, path: &Path) -> Connection {
+        let old = made(path);
+        for migration in &MIGRATIONS[..version] {
+            old.execute_batch(migration).expect("a schema");
+        }
+        old.pragma_update(None, "user_version", i64::try_from(version).expect("few"))
+            .expect("a version");
+        old
+    }
+
     /// A foreign or newer file is refused, and not changed.
     #[test]
     fn foreign_or_newer_file_stays_unchanged() {
@@ -403,13 +414,8 @@ mod tests {
     fn database_of_older_daemon_stays_unchanged() {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("a.db");
-        let old = made(&path);
+        let old = of_version(MIGRATIONS.len() - 1, &path);
         let newest = i64::try_from(MIGRATIONS.len()).expect("a few");
-        for migration in &MIGRATIONS[..MIGRATIONS.len() - 1] {
-            old.execute_batch(migration).expect("a schema");
-        }
-        old.pragma_update(None, "user_version", newest - 1)
-            .expect("a version");
         let lock = || {
             let mut daemon = DatabaseFile::create(&path).expect("the file");
             daemon.lock(Lock::Daemon).map(|()| daemon)
@@ -428,12 +434,7 @@ mod tests {
     #[test]
     fn upgrade_marks_permanent_failures() {
         let directory = tempfile::tempdir().expect("a directory");
-        let mut old = made(&directory.path().join("a.db"));
-        for migration in &MIGRATIONS[..3] {
-            old.execute_batch(migration).expect("a schema");
-        }
-        old.pragma_update(None, "user_version", 3)
-            .expect("a version");
+        let mut old = of_version(3, &directory.path().join("a.db"));
         let failed = [
             (1, "MESSAGE", "OurAPI permanently rejects it: too short"),
             (2, "MESSAGE", "OurAPI gave no usable answer"),
@@ -463,11 +464,7 @@ mod tests {
     #[test]
     fn upgrade_settles_forgotten_events() {
         let directory = tempfile::tempdir().expect("a directory");
-        let mut old = made(&directory.path().join("a.db"));
-        let (newest, before) = MIGRATIONS.split_last().expect("migrations");
-        for migration in before {
-            old.execute_batch(migration).expect("a schema");
-        }
+        let mut old = of_version(6, &directory.path().join("a.db"));
         old.execute_batch(
             "INSERT INTO conversations (id, epoch, bigchat_id, forgotten_at, forgotten_by) VALUES (1, 1, 42, 7, 'me'), (2, 1, 43, NULL, NULL);
              INSERT INTO events (id, conversation, kind, event_at, fingerprint, received_at)
@@ -475,9 +472,8 @@ mod tests {
              INSERT INTO deliveries (conversation, from_event, through, delivered_at, effect) VALUES (1, 1, 1, 5, 'chat created');",
         )
         .expect("events");
-        let transaction = old.transaction().expect("a transaction");
-        transaction.execute_batch(newest).expect("an upgrade");
-        let deliveries: String = transaction
+        upgrade(&mut old, 6).expect("an upgrade");
+        let deliveries: String = old
             .query_row(
                 "SELECT group_concat(from_event || ' at ' || delivered_at, ', ') FROM deliveries",
                 [],

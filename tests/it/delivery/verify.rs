@@ -2,7 +2,7 @@
 
 use crate::harness::process::{Process, Signal, finished};
 use crate::harness::services::ADD_MESSAGE;
-use crate::harness::{Bench, Test, run_live_test, run_test, side_by_side, until};
+use crate::harness::{Bench, Daemon, Test, run_live_test, run_test, side_by_side, until};
 use bigchat_sync::simulator::event::{end, message, start, transfer};
 use bigchat_sync::simulator::fault::{dropped, slow, status};
 use std::io::Read;
@@ -362,6 +362,31 @@ async fn own_change_of_unknown_outcome() {
     .await;
 }
 
+/// Interrupts `verify --repair` during an outage, and starts a daemon, which finishes the repair of `chats`.
+async fn interrupted_repair(t: &Test, chats: i64) -> Daemon {
+    t.our_api.outage(Some(status(503)));
+    let mut command = t.program("verify");
+    command
+        .arg("--repair")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let command = Process::spawn(command);
+    until("it is requested", async || {
+        t.value::<i64>("SELECT count(*) FROM verifications WHERE NOT idle") == 1
+    })
+    .await;
+    command.signal(Signal::TERM);
+    assert_eq!(command.ended().await.code(), Some(1));
+    t.our_api.outage(None);
+    let daemon = t.start();
+    until("the daemon has finished the repair", async || {
+        t.value::<i64>("SELECT coalesce(max(verified), 0) FROM verifications WHERE NOT idle")
+            == chats
+    })
+    .await;
+    daemon
+}
+
 /// An interrupted `verify --repair` that the daemon has finished is over: what is erased later stays erased.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn interrupted_repair_ends_once_finished() {
@@ -369,26 +394,7 @@ async fn interrupted_repair_ends_once_finished() {
         t.differs("a chat is erased");
         delivered(t).await;
         t.set("--rebuild", "report");
-        t.our_api.outage(Some(status(503)));
-        let mut command = t.program("verify");
-        command
-            .arg("--repair")
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
-        let command = Process::spawn(command);
-        until("it is requested", async || {
-            t.value::<i64>("SELECT count(*) FROM verifications WHERE NOT idle") == 1
-        })
-        .await;
-        command.signal(Signal::TERM);
-        assert_eq!(command.ended().await.code(), Some(1));
-        t.our_api.outage(None);
-        let daemon = t.start();
-        until("the daemon has finished the repair", async || {
-            t.value::<i64>("SELECT coalesce(max(verified), 0) FROM verifications WHERE NOT idle")
-                == 3
-        })
-        .await;
+        let daemon = interrupted_repair(t, 3).await;
         // Days later, the chat is erased in OurAPI. Only the chat of a new event is built.
         t.our_api.loses_chat("10");
         t.bigchat
@@ -582,26 +588,7 @@ async fn interrupted_repair_and_a_later_change() {
         t.set("--retention", "1h").set("--max-window", "60s");
         t.bigchat.reports([start(42, 0), message(42, 5, "hello")]);
         t.once().await;
-        t.our_api.outage(Some(status(503)));
-        let mut command = t.program("verify");
-        command
-            .arg("--repair")
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
-        let command = Process::spawn(command);
-        until("it is requested", async || {
-            t.value::<i64>("SELECT count(*) FROM verifications WHERE NOT idle") == 1
-        })
-        .await;
-        command.signal(Signal::TERM);
-        assert_eq!(command.ended().await.code(), Some(1));
-        t.our_api.outage(None);
-        let daemon = t.start();
-        until("the daemon has finished the repair", async || {
-            t.value::<i64>("SELECT coalesce(max(verified), 0) FROM verifications WHERE NOT idle")
-                == 1
-        })
-        .await;
+        let daemon = interrupted_repair(t, 1).await;
         t.execute("UPDATE deliveries SET delivered_at = delivered_at - 7200000");
         t.bigchat.clock(3 * 3600);
         until("the events are dropped", async || {
