@@ -94,7 +94,8 @@ pub async fn run(
     };
     let (worked, watched) = tokio::join!(working, watching);
     let is_done = watched.as_ref().is_ok_and(VerificationProgress::is_done);
-    // This is needed after an error, too, or the daemon would continue.
+    // After an error, too: a request that only reports is withdrawn, or the daemon would continue it. A repair is left
+    // to the daemon.
     let differences = journal
         .with(move |store| {
             let differences = store.differences(verification, LISTED)?;

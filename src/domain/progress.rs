@@ -109,7 +109,7 @@ pub struct IdlePass {
 /// What a verification found out about a chat.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct VerificationResult {
-    /// Reading the chat failed repeatedly while OurAPI was up.
+    /// The verification failed repeatedly while OurAPI was up.
     pub is_unreadable: bool,
     pub missing: Missing,
     pub drift: FieldSet,

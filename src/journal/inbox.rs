@@ -451,7 +451,7 @@ impl Store {
     }
 
     /// Drops the unfinished window and its pages. All their events must have been ingested. The count of idle polls
-    /// continues, since the window is read again.
+    /// stays, since the window may be read again.
     pub fn forget_window(&mut self) -> Result<()> {
         let transaction = self.begin()?;
         transaction.execute("DELETE FROM inbox", [])?;
@@ -460,8 +460,8 @@ impl Store {
         Ok(())
     }
 
-    /// Counts a poll that used up its page budget. Returns how many such polls found no new event, minus those that
-    /// did: if the window is read again, what was new then is known.
+    /// Counts a poll that used up its page budget. Returns how many such polls found no new event, minus the number
+    /// that found one: what was new to those is known when the window is read again.
     pub fn count_idle_poll(&mut self, is_idle: bool) -> Result<i64> {
         let sql =
             "UPDATE poll_state SET idle_polls = idle_polls + iif(?1, 1, -1) RETURNING idle_polls";

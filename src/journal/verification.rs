@@ -204,7 +204,7 @@ impl Store {
     }
 
     /// Claims the next chat of the pass in idle time; `None`: none is due. Begins the pass when it is time, and ends it
-    /// when all chats are verified.
+    /// when no chat without waiting events is left.
     pub(super) fn claim_idle(
         &mut self,
         idle: IdlePass,

@@ -47,9 +47,9 @@ const MAX_BYTES: usize = 8 << 20;
 /// next date agrees, so three probes suffice if the first date is wrong.
 const CLOCK_ATTEMPTS: u32 = 3;
 
-/// After more than this many polls of one window that used up their page budget without a new event, the window counts
-/// as read, since a service may return known events without end. That is 4,000 pages: no overlap has as many, and
-/// events of the next window wait no longer than it takes to read them.
+/// A window counts as read once its polls that used up their page budget without a new event outnumber those with one
+/// by more than this, since a service may return known events without end. That takes more than 4,000 pages, and
+/// reading these is the longest that events of the next window wait.
 const MAX_IDLE_POLLS: i64 = 20;
 
 /// The length of the first window without `--since`.
@@ -122,7 +122,7 @@ pub struct Poller {
 enum PollOutcome {
     /// BigChat was read up to now.
     UpToDate,
-    /// The window was read to its end. The next one follows at once.
+    /// The window was read to its end, or a gap was skipped. The next window follows at once.
     More,
     /// The window is unfinished, and all events of this poll were known. The next poll continues at once, so that known
     /// pages do not delay new events.
@@ -371,8 +371,8 @@ impl Poller {
     }
 
     /// The outcome of a poll that has used up its page budget. The next poll continues from the page reached, even if
-    /// this one found no new event (`progress`), since new events may follow more known ones than one poll can read.
-    /// `None`: there were too many such polls.
+    /// this one found no new event (`progress` is false), since new events may follow more known ones than one poll can
+    /// read. `None`: there were too many such polls.
     async fn continues(
         &self,
         progress: bool,

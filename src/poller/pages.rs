@@ -34,7 +34,7 @@ impl Pages {
         Ok(pages)
     }
 
-    /// Drops the pages and their window, so that counting starts anew.
+    /// Drops the pages and their window, so that equal messages are counted anew.
     pub(super) async fn clear(&mut self, journal: &Journal) -> Result<(), JournalError> {
         if !self.keys.is_empty() {
             journal.with(|store| store.forget_window()).await?;
