@@ -1,6 +1,6 @@
 -- A `verify` command asks for a set of chats, and its request ends when each of them is verified and, if that was
--- requested, repaired. Open requests of earlier versions are dropped. `conversations.verified_in` is of the passes in
--- idle time only.
+-- requested, repaired or given up. Open requests of earlier versions are dropped. `conversations.verified_in` now refers
+-- only to the passes in idle time.
 
 DROP TABLE findings;
 DELETE FROM verifications WHERE NOT idle;
@@ -14,7 +14,7 @@ CREATE TABLE requested_chats (
     messages     INTEGER NOT NULL DEFAULT 0,     -- how many were missing
     fields       TEXT NOT NULL DEFAULT '[]',     -- those that differ, as a JSON array
     repairing    INTEGER NOT NULL DEFAULT 0 CHECK (repairing = 0 OR repairing = 1), -- not repaired yet
-    not_repaired TEXT,                           -- why something of it is not repaired
+    not_repaired TEXT,                           -- why it is not completely repaired
     PRIMARY KEY (conversation, verification)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX requested_chats_open ON requested_chats (next_at, verification, conversation) WHERE state IS NULL;

@@ -94,8 +94,8 @@ impl BigChatClock {
         lock(&self.readings).believed.is_some()
     }
 
-    /// Whether BigChat has answered, and its answers show what its time is: by a date that is believed, or because they
-    /// have no date, so that this machine's clock stands in.
+    /// Whether BigChat has answered and its time is settled: by a date that is believed or, if its answers have no
+    /// date, by this machine's clock.
     pub fn has_answered(&self) -> bool {
         let readings = lock(&self.readings);
         readings.believed.is_some() || readings.undated && readings.doubted.is_none()

@@ -26,8 +26,8 @@ const ATTEMPTS: u32 = 3;
 /// How many conversations of a page are requested to determine its epoch.
 const PAGE_CONVERSATIONS: usize = 5;
 
-/// A not-found response for a conversation of a page is believed after this many in a row. A single one may come from an
-/// instance that lags behind the others at the same address.
+/// A not-found response for a conversation of a page is believed after this many in a row. A single one may come from
+/// an instance that lags behind the others at the same address.
 const NOT_FOUND_ATTEMPTS: u32 = 3;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

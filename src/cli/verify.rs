@@ -292,7 +292,10 @@ fn as_table(progress: &VerificationProgress, differences: &[Difference], repair:
     let header = ["chat", "state", "messages missing"];
     let mut end = match (repair, not_repaired) {
         (true, 0) => "everything was repaired".to_owned(),
-        (true, _) => format!("{} not repaired completely", counted(*not_repaired, "chat")),
+        (true, _) => format!(
+            "{} could not be repaired completely",
+            counted(*not_repaired, "chat")
+        ),
         (false, _) => {
             "nothing was changed; add --repair to send what is missing and overwrite what differs"
                 .to_owned()
@@ -312,9 +315,12 @@ fn as_table(progress: &VerificationProgress, differences: &[Difference], repair:
                 value(&field.recorded)
             )
         };
-        let not_repaired = difference
-            .not_repaired
-            .map(|why| format!("chat {}: not repaired: {why}\n", difference.external_id));
+        let not_repaired = difference.not_repaired.map(|why| {
+            format!(
+                "chat {}: not completely repaired: {why}\n",
+                difference.external_id
+            )
+        });
         difference.fields.iter().map(line).chain(not_repaired)
     });
     let fields: String = fields.collect();

@@ -251,7 +251,8 @@ impl Agents {
                 let http = our_api.http();
                 return Err(http.reclassify(error, kind).into());
             }
-            // A single refusal proves nothing. If it is repeated, the reason may be a namesake that OurAPI does not list.
+            // A single refusal proves nothing. If it is repeated, the reason may be a namesake that OurAPI does not
+            // list.
             error = self.refused(person, error).await?;
         }
         // If exactly one agent has both the address and the name, it is the one to use. If no agent has the name, and

@@ -82,7 +82,7 @@ impl Reporter {
             missing,
         };
         if stopped.as_ref().is_some_and(|stopped| stopped.at.is_none()) {
-            // A lost chat that has only dead letters is rebuilt until its offset has passed them.
+            // The offset stays: a lost chat with only dead letters counts as rebuilt once its offset has passed them.
             report.claim.through = report.claim.offset;
         }
         match stopped {

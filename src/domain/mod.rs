@@ -1,7 +1,7 @@
 //! The pure core: the desired chat of a conversation, its difference from OurAPI, and the progress of delivery.
 //!
-//! Nothing here performs I/O, and only [`time`] reads this machine's clock. The [`journal`](crate::journal) supplies the
-//! data, and [`delivery`](crate::delivery) sends the difference.
+//! Nothing here performs I/O, and only [`time`] reads this machine's clock. The [`journal`](crate::journal) supplies
+//! the data, and [`delivery`](crate::delivery) sends the difference.
 
 pub mod account;
 pub mod backoff;

@@ -66,7 +66,7 @@ impl Claim {
     }
 
     /// Whether a waiting event may have been delivered although it has not failed: with a newer copy of this database,
-    /// or before OurAPI lost the chat, if the chat found since then was not read.
+    /// or before OurAPI lost the chat, if the chat that was found afterwards has not been read.
     pub fn may_be_delivered(&self, event: &Pending, replay_until: EventId) -> bool {
         event.id <= replay_until || event.restored && !self.is_read
     }
@@ -166,7 +166,7 @@ impl VerificationResult {
 named! {
     /// Why a requested repair of a chat is not complete.
     NotRepaired {
-        Unreadable = "OurAPI does not return the chat or its messages",
+        Unreadable = "the chat could not be read from OurAPI or from the database; see the log",
         DeadLetter = "an event could not be sent again; see `bigchat-sync failed list`",
         Kept = "no TRANSFER names the agent, so the agent that was found is kept",
         Waiting = "an event of the conversation waits for its next attempt, and the repair with it",

@@ -38,8 +38,8 @@ pub enum ErrorKind {
     /// Not sent: deliveries are paused, or the daemon is stopping. This is not an attempt, and shows nothing about the
     /// API.
     Withheld,
-    /// 401, 403 or 407: no request will succeed before the credentials are renewed. Like the next kind, it may come from
-    /// a proxy that has forwarded the request.
+    /// 401, 403 or 407: no request will succeed before the credentials are renewed. Like the next kind, it may come
+    /// from a proxy that has forwarded the request.
     Unauthorized,
     /// Another service is answering.
     WrongService,

@@ -345,7 +345,7 @@ pub(super) fn ask_again(connection: &Connection) -> Result<()> {
         "DELETE FROM advisors WHERE name IS NULL AND epoch = (SELECT max(id) FROM epochs)",
         [],
     )?;
-    // By the denials, since there is no index of the conversations' details.
+    // These are found through the denials, since the conversations' details have no index.
     connection.execute(
         "UPDATE conversations SET details = 'unread'
          WHERE details = 'gone' AND chat_agent IS NULL AND transfer_advisor IS NULL AND (epoch, bigchat_id) IN (

@@ -142,8 +142,8 @@ const NEXT: &str =
     WHERE (delivered_at, id) > (?1, ?2) AND delivered_at < ?3 AND effect <> 'forgotten'
     ORDER BY delivered_at, id LIMIT 1";
 
-/// SQL for the delivery of a delivered event `e`. An event that was sent again has a delivery of its own, within that of
-/// the events around it.
+/// SQL for the delivery of a delivered event `e`. An event that was sent again has a delivery of its own, within that
+/// of the events around it.
 macro_rules! delivery_of_event {
     () => {
         "(SELECT n.id FROM deliveries n WHERE n.conversation = e.conversation AND n.through >= e.id

@@ -30,8 +30,8 @@ pub struct Forgotten {
     pub events: i64,
     /// Events that could not be parsed and name the conversation.
     pub unparsed: i64,
-    /// A page of the unfinished window names the conversation and is not ingested yet. Its text there is erased once the
-    /// window is finished.
+    /// A page of the unfinished window names the conversation and is not ingested yet. Its text there is erased once
+    /// the window is finished.
     pub is_on_new_page: bool,
 }
 

@@ -29,8 +29,8 @@ pub struct PollState {
     /// The time up to which BigChat was read, by its clock; `None` before the first poll.
     pub cursor: Option<Timestamp>,
     pub unfinished: Option<UnfinishedWindow>,
-    /// When the latest window that was read to its end was computed, or else when the daemon first started. BigChat's
-    /// clock may have been wrong at that time.
+    /// The time at which the latest completely read window was computed; before the first one, the first start of the
+    /// daemon. By this machine's clock, because BigChat's may have been wrong at that time.
     pub read_at: Option<Millis>,
 }
 
@@ -309,9 +309,10 @@ impl Store {
         Ok(self.latest_epoch_of(event)?.is_some())
     }
 
-    /// For each of these messages in turn, looks up the latest epoch that has it. Returns the first of these epochs that
-    /// is `earliest` or later, but before `current`. A BigChat with a log reports the events of the last seconds again,
-    /// so such a message shows the epoch of its page. Other events do not, because several epochs may have equal ones.
+    /// For each of these messages in turn, looks up the latest epoch that has it. Returns the first of these epochs
+    /// that is `earliest` or later, but before `current`. A BigChat with a log reports the events of the last seconds
+    /// again, so such a message shows the epoch of its page. Other events do not, because several epochs may have equal
+    /// ones.
     pub fn earlier_epoch(
         &mut self,
         messages: &[Event],

@@ -14,7 +14,7 @@ use crate::domain::time::{Millis, Timestamp};
 /// MESSAGE can be dated before its START.
 const MARGIN: Duration = Duration::from_secs(60);
 
-/// Of how many conversations the credits are dropped at once, so that other operations do not wait.
+/// For how many conversations credits are dropped at once, so that other operations do not wait.
 const CREDITS_BATCH: u32 = 500;
 
 /// The result of [`Store::prune`].
@@ -59,7 +59,7 @@ impl Store {
         };
         let reach = reach + MARGIN;
         let happened_before = cursor.minus(retention.max(reach));
-        // The cursor stays while BigChat is not polled.
+        // While BigChat is not polled, the cursor does not move, so the next window reaches further back.
         let delivered_before = now.minus(retention).min(now.min(read_at).minus(reach));
         let transaction = self.begin()?;
         let discarded: Vec<Option<ConversationId>> = transaction
@@ -127,9 +127,10 @@ impl Store {
         })
     }
 
-    /// Drops the credits of conversations of which no event waits, because they contain the text of messages that may
-    /// have been dropped. A later event may match one if its window begins before the session, at `started_at`. So
-    /// nothing is dropped as long as the next window does, and should a later one do so, the chats count as not read.
+    /// Drops the credits of conversations without waiting events: credits contain the text of messages that may
+    /// themselves have been dropped. A later event can match a credit only if its window begins before `started_at`,
+    /// the start of the session. So nothing is dropped while the next window begins that early. A later window may go
+    /// back that far again, so the chats then count as not read.
     pub fn drop_credits(&mut self, started_at: Timestamp, overlap: Duration) -> Result<()> {
         let cursor = self.poll_state()?.cursor;
         if cursor.is_none_or(|cursor| cursor.minus(overlap) < started_at) {

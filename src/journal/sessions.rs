@@ -42,8 +42,8 @@ pub struct LastEnd {
 }
 
 impl LastEnd {
-    /// The time until which requests of earlier processes may still be in flight. An unclean end may have given up
-    /// requests without a record.
+    /// The time until which requests of earlier processes may still be in flight. A process that ended uncleanly may
+    /// have abandoned requests without recording them.
     pub fn in_flight_until(self, request_timeout: Duration, now: Millis) -> Millis {
         match self.clean {
             true => self.timed_out_until,

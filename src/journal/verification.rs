@@ -1,9 +1,9 @@
 //! Verifications, by command or in idle time: which chats are to be verified, the progress, and the findings. The
 //! process that delivers does the work.
 //!
-//! A request by command is a set of chats. It ends when each of them is verified and, if that was requested, repaired,
-//! whether or not the command still runs. The pass in idle time is a number: a chat waits for it while the number of
-//! the chat's latest pass is smaller. Its row stays, because its end decides when the next pass begins.
+//! A request by command is a set of chats. It ends when each of them is verified and, if that was requested, repaired
+//! or given up, whether or not the command still runs. The pass in idle time is a number: a chat waits for it while the
+//! number of the chat's latest pass is smaller. Its row stays, because its end decides when the next pass begins.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -21,7 +21,7 @@ use crate::domain::progress::{
 };
 use crate::domain::time::Millis;
 
-/// When a request is dropped that has ended and was never withdrawn, because its command was interrupted.
+/// How long after it was made an ended request is dropped, if its command was interrupted and never withdrew it.
 const DROPPED_AFTER: Duration = Duration::from_secs(24 * 3600);
 
 /// The progress of a verification.
@@ -40,7 +40,7 @@ pub struct VerificationProgress {
     pub repairing: u64,
     /// Events of those chats that are still waiting to be sent again.
     pub waiting: u64,
-    /// Chats of which something was not repaired.
+    /// Chats that were not completely repaired.
     pub not_repaired: u64,
 }
 
@@ -54,7 +54,7 @@ pub struct Difference {
     pub messages: u32,
     /// The fields that differ.
     pub fields: Vec<FieldDifference>,
-    /// Why something of it was not repaired.
+    /// Why it was not completely repaired.
     pub not_repaired: Option<NotRepaired>,
 }
 
@@ -229,13 +229,14 @@ impl Store {
             if work.is_some() {
                 return Ok(work);
             }
-            // It would be the next one again.
+            // Otherwise this chat would be the next one again.
             self.connection.execute(
                 "UPDATE conversations SET verified_in = ?2 WHERE id = ?1",
                 params![id, pass.id],
             )?;
         }
-        // Delivery finds out about a chat with waiting events, and the next pass verifies it.
+        // Chats with waiting events do not keep the pass open: delivery notices if such a chat is lost, and the next
+        // pass verifies it.
         let is_left: bool = self
             .connection
             .prepare_cached(
@@ -284,7 +285,7 @@ impl Store {
                 differing,
                 messages_missing = messages,
                 seconds = now.since(pass.began_at).as_secs(),
-                "all chats are verified"
+                "a verification pass has ended"
             );
         }
         Ok(())
@@ -396,7 +397,7 @@ fn to_verify(
     }
 }
 
-/// Records for all requests that a conversation cannot be loaded.
+/// Records, in every request for the conversation, that it cannot be loaded.
 pub(super) fn set_unreadable(connection: &Connection, conversation: ConversationId) -> Result<()> {
     connection.execute(
         "UPDATE verifications SET verified = verified + 1
@@ -471,7 +472,7 @@ pub(super) fn record_verification(
 }
 
 /// Records how far a delivery has repaired the chat, if a request waits for that. A repair ends when everything is sent
-/// and nothing has failed, or when the failure of an event that is no part of the repair holds it back.
+/// and nothing has failed, or when the failure of an event that is not part of the repair holds it back.
 pub(super) fn record_repair(connection: &Connection, report: &Report) -> Result<()> {
     let conversation = report.conversation.id;
     let is_repairing = connection

@@ -388,8 +388,8 @@ fn changes_of_a_chat_among_messages() {
     Case::new(script, depth(2), &[Strike::Failed, Strike::Lost]).check("changes");
 }
 
-/// A handler panics after the second of three messages was carried out: the first one stays delivered, the outcome of
-/// the second one is unknown, and the chat is read back once.
+/// A handler panics after the request for the second of three messages was carried out: the first one stays delivered,
+/// the outcome of the second one is unknown, and the chat is read back once.
 #[test]
 fn handler_panics_between_messages() {
     let reported = [
@@ -433,7 +433,7 @@ fn handler_panics_between_messages() {
     assert_eq!(states, "delivered, delivered, waiting in doubt, waiting");
 }
 
-/// A handler panics at any request to OurAPI, of a new chat and of one that is read back.
+/// A handler panics at any request to OurAPI, for a new chat and for one that is read back.
 #[test]
 fn handler_panics() {
     let first = [start(2, 3), message(2, 4, "one"), message(2, 4, "one")];

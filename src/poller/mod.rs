@@ -74,7 +74,8 @@ pub struct Signals {
     pub liveness: Arc<Liveness>,
     /// Notified of events to be delivered.
     pub work_available: Arc<Notify>,
-    /// Cancelled after the first poll that read BigChat up to now, left its window unfinished, or failed.
+    /// Cancelled after the first poll that read BigChat up to now, failed, or left its window unfinished (unless all
+    /// its events were known).
     pub caught_up: CancellationToken,
     /// Cancelled at shutdown: no further request is begun.
     pub stopping: CancellationToken,
@@ -101,7 +102,8 @@ pub struct Poller {
     dropped_before: Option<Timestamp>,
     /// Whether this machine's clock was compared with BigChat's in this session. A difference is logged once.
     clock_reported: bool,
-    /// The longest window: the setting, or less after a first page without a usable answer, or a page that was too large.
+    /// The longest window: the setting, or less after a first page without a usable answer or a page that was too
+    /// large.
     max_window: Duration,
     /// In how many polls the same page could not be fetched. Only a page that is not the first of its window counts.
     page_failures: u32,
@@ -208,9 +210,9 @@ impl Poller {
         self.store_unstored().await.ok();
     }
 
-    /// Polls until BigChat is read up to now, or a poll fails or leaves its window unfinished. A failed poll is repeated
-    /// in three cases: the disk refuses a page, which would otherwise be lost; BigChat does not answer the probe; or the
-    /// next window is shorter. Returns whether BigChat was read up to now.
+    /// Polls until BigChat is read up to now, or a poll fails or leaves its window unfinished (unless all its events
+    /// were known). A failed poll is repeated in three cases: the disk refuses a page, which would otherwise be lost;
+    /// BigChat does not answer the probe; or the next window is shorter. Returns whether BigChat was read up to now.
     pub async fn catch_up(&mut self) -> bool {
         let mut up_to_date = false;
         while !self.signals.stopping.is_cancelled() {
@@ -391,8 +393,8 @@ impl Poller {
         if idle_polls > MAX_IDLE_POLLS {
             tracing::warn!(
                 from = %window.start, until = %window.end,
-                "BigChat's pages have only known events and do not end; treating the window as complete, its later pages \
-                 are not read"
+                "too many polls of one window found only known events; treating the window as complete without reading \
+                 its later pages"
             );
             return Ok(None);
         }
@@ -448,8 +450,8 @@ impl Poller {
         })
     }
 
-    /// The cursor before the first poll: `--since`, or [`FIRST_WINDOW`] before the first start, by BigChat's clock. It is
-    /// stored once BigChat has answered. Until then, `now` is this machine's time, which may be wrong.
+    /// The cursor before the first poll: `--since`, or [`FIRST_WINDOW`] before the first start, by BigChat's clock. It
+    /// is stored once BigChat has answered. Until then, `now` is this machine's time, which may be wrong.
     async fn first_cursor(
         &mut self,
         now: Timestamp,
@@ -482,9 +484,10 @@ impl Poller {
         Ok(cursor)
     }
 
-    /// The cursor, or the time of the last poll if that is earlier, because the clock of BigChat, or of a server that
-    /// answered for it, was ahead at that poll, or because a later poll has not ended. The result is never earlier than
-    /// one `--max-window` before the cursor or BigChat's present time, whichever of these is earlier.
+    /// The cursor, or the time of the last poll that ended, if that is earlier: because the clock of BigChat, or of a
+    /// server that answered for it, was ahead at that poll, or because a later poll stored its last page but has not
+    /// ended. The result is never earlier than one `--max-window` before the cursor or BigChat's present time,
+    /// whichever of these is earlier.
     fn resumes_at(&self, cursor: Timestamp, now: Timestamp, read_at: Option<Millis>) -> Timestamp {
         let latest = cursor.min(now);
         let earliest = latest.minus(self.settings.max_window);
@@ -495,7 +498,7 @@ impl Poller {
         }
     }
 
-    /// The time of the last poll: BigChat's present time minus the time elapsed since that poll computed its window.
+    /// The time of the last poll that ended: BigChat's present time minus the time since that poll computed its window.
     /// `None`: unknown, because this machine's clock was set back.
     fn read_time(&self, now: Timestamp, read_at: Option<Millis>) -> Option<Timestamp> {
         let elapsed = match (self.read_at, read_at) {

@@ -55,8 +55,8 @@ pub struct Settings {
     #[arg(long, global = true, env = "BIGCHAT_SYNC_MAX_WINDOW", value_name = "TIME", allow_hyphen_values = true, default_value = "1h", value_parser = at_least_a_second)]
     pub max_window: Duration,
 
-    /// Time from which the first poll reads, RFC 3339 such as 2026-11-22T22:00:00Z; used at the first start only
-    /// [default: 10 s ago].
+    /// Time from which to read BigChat, RFC 3339 such as 2026-11-22T22:00:00Z; used until BigChat has answered for the
+    /// first time [default: 10 s before the first start].
     #[arg(long, global = true, env = "BIGCHAT_SYNC_SINCE", value_name = "TIME", allow_hyphen_values = true, value_parser = point_in_time)]
     pub since: Option<Millis>,
 

@@ -142,7 +142,7 @@ impl Reconciliation {
         tracing::error!(
             conversation = self.conversation.bigchat_id,
             event = at.map(|at| at.0),
-            "handler panicked; its last request will be verified before a retry"
+            "a panic interrupted the work on a conversation; its chat is read back before anything else is sent"
         );
         self.delivery.metrics.panicked();
         Stopped::at(at, AttemptError::Panicked)
@@ -217,7 +217,8 @@ impl Reconciliation {
         Ok(())
     }
 
-    /// Records the result of writing `changes`; of several, none is rejected. Returns whether another may follow.
+    /// Records the result of writing `changes`, which is never a rejection if there are several. Returns whether
+    /// another may follow.
     fn changed(
         &mut self,
         changes: &[Pending],

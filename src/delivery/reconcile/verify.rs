@@ -119,8 +119,8 @@ impl Reconciliation {
         Ok(())
     }
 
-    /// Records the result of a verification that has succeeded. The repair of what it found is prepared before, since a
-    /// chat counts as verified from then on.
+    /// Records the result of a verification that has succeeded. The repair must already be prepared, since the chat
+    /// counts as verified from here on.
     fn verified(&mut self, verify: Verify, found: VerificationResult) {
         let (missing, drift) = found.left(verify.mode);
         if verify.is_idle {

@@ -251,8 +251,8 @@ async fn delivers_after(t: &Test, refusal: u16) {
     t.until_events("delivered", 2).await;
 }
 
-/// A message that a proxy refuses, or that is retried after a rejection, is not mistaken for another client's message of
-/// the same second.
+/// A message that a proxy refuses, or that is retried after a rejection, is not mistaken for another client's message
+/// of the same second.
 #[tokio::test]
 async fn refused_message_beside_another_clients() {
     side_by_side([403, 422], async |refusal| {

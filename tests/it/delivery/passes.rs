@@ -806,7 +806,7 @@ async fn verify_ends_beside_a_stuck_event() {
         daemon.stop().await;
         let (output, _) = repaired.expect("`verify --repair` ends");
         assert!(
-            output.contains("chat 10: not repaired: an event of the conversation waits"),
+            output.contains("chat 10: not completely repaired: an event of the conversation waits"),
             "{output}"
         );
     })

@@ -436,7 +436,7 @@ async fn unreadable_chat_is_not_repaired() {
         t.our_api.calm();
         assert!(output.contains("unreadable"), "{output}");
         assert!(
-            output.contains("1 chat not repaired completely"),
+            output.contains("1 chat could not be repaired completely"),
             "{output}"
         );
         let object: Value = serde_json::from_str(&json).expect("JSON");
@@ -456,11 +456,11 @@ async fn rejected_message_is_not_repaired() {
         let (output, _) = verify(t, &["--repair"]).await;
         assert_eq!(t.events("failed"), 1);
         assert!(
-            output.contains("1 chat not repaired completely"),
+            output.contains("1 chat could not be repaired completely"),
             "{output}"
         );
         assert!(
-            output.contains("chat 11: not repaired: an event could"),
+            output.contains("chat 11: not completely repaired: an event could"),
             "{output}"
         );
     })
@@ -495,7 +495,7 @@ async fn changed_agent_without_transfer() {
             .agent_id;
         assert_eq!(agent, other, "no TRANSFER names another");
         assert!(
-            output.contains("chat 10: not repaired: no TRANSFER"),
+            output.contains("chat 10: not completely repaired: no TRANSFER"),
             "{output}"
         );
         assert_eq!(t.status().0["drifted"], json!(1));

@@ -710,8 +710,8 @@ async fn new_events_after_a_full_overlap() {
     .await;
 }
 
-/// Known pages without end complete the poll after many page budgets, which are read without waiting, so that new events
-/// of the next window are not delayed. The cursor then moves, which shows that BigChat's clock advances.
+/// Known pages without end complete the poll after many page budgets, which are read without waiting, so that new
+/// events of the next window are not delayed. The cursor then moves, which shows that BigChat's clock advances.
 #[tokio::test]
 async fn known_pages_without_end() {
     run_test(async |t| {
