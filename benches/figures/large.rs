@@ -52,7 +52,7 @@ pub(crate) fn add(db: &Path, first: i64, conversations: i64, before: Before) {
              CREATE TEMP TABLE base AS SELECT coalesce(max(id), 0) AS event FROM events;
              {each} INSERT INTO conversations (id, epoch, bigchat_id, started_at, details, first_advisor, external_id, chat_id,
                 chat_started_at, offset, waiting, waiting_since, due_at, verified_in)
-             SELECT id, 1, id, {START}, 'read', 7, iif({is_delivered}, id, NULL),
+             SELECT id, 1, id, {START}, 'read', iif({is_delivered}, NULL, 7), iif({is_delivered}, id, NULL),
                 iif({is_delivered}, printf('00000000-0000-4000-8000-%012x', id), NULL), {START},
                 iif({is_delivered}, {before_first} + {EVENTS}, 0), iif({is_delivered}, 0, {EVENTS}),
                 iif({is_delivered}, NULL, 1), iif({is_delivered}, NULL, 1), iif({is_delivered}, 0, NULL)
