@@ -89,8 +89,8 @@ impl Agents {
         lock(&self.cache).clear();
     }
 
-    /// The agent of an advisor; `None` if BigChat denies the advisor, or OurAPI denies the agent. The next
-    /// verification pass asks again.
+    /// The agent of an advisor; `None` if BigChat denies the advisor or has restarted since, or if OurAPI denies the
+    /// agent. The next verification pass asks again, BigChat only about advisors of the current epoch.
     pub(super) async fn resolve(
         &self,
         epoch: Epoch,

@@ -65,8 +65,8 @@ impl Claim {
         event.attempts.outcome_unknown || self.became_stale && event.attempts.failed > 0
     }
 
-    /// Whether a waiting event may have been delivered although it has not failed: with a newer copy of this database,
-    /// or before OurAPI lost the chat, if the chat that was found afterwards has not been read.
+    /// Whether a waiting event may have been delivered although it has not failed: without a record in this journal, or
+    /// before OurAPI lost the chat, if the chat that was found afterwards has not been read.
     pub fn may_be_delivered(&self, event: &Pending, replay_until: EventId) -> bool {
         event.id <= replay_until || event.restored && !self.is_read
     }

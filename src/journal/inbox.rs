@@ -461,7 +461,7 @@ impl Store {
         Ok(())
     }
 
-    /// Counts a poll that used up its page budget. Returns how many such polls found no new event, minus the number
+    /// Counts a poll that used up its budget. Returns how many such polls found no new event, minus the number
     /// that found one: what was new to those is known when the window is read again.
     pub fn count_idle_poll(&mut self, is_idle: bool) -> Result<i64> {
         let sql =

@@ -47,9 +47,9 @@ const MAX_BYTES: usize = 8 << 20;
 /// next date agrees, so three probes suffice if the first date is wrong.
 const CLOCK_ATTEMPTS: u32 = 3;
 
-/// A window counts as read once its polls that used up their page budget without a new event outnumber those with one
-/// by more than this, since a service may return known events without end. That takes more than 4,000 pages, and
-/// reading these is the longest that events of the next window wait.
+/// Polls of one window that use up their budget are counted: plus one for a poll without a new event, minus one for a
+/// poll with one. Above this count, the window counts as read, since a service may return known events without end.
+/// That takes more than 4,000 pages (or 160 MiB), and events of the next window wait meanwhile.
 const MAX_IDLE_POLLS: i64 = 20;
 
 /// The length of the first window without `--since`.
@@ -102,8 +102,8 @@ pub struct Poller {
     dropped_before: Option<Timestamp>,
     /// Whether this machine's clock was compared with BigChat's in this session. A difference is logged once.
     clock_reported: bool,
-    /// The longest window: the setting, or less after a first page without a usable answer or a page that was too
-    /// large.
+    /// The longest window: the setting, or less after BigChat gave no usable answer for a first page, or after a page
+    /// was too large.
     max_window: Duration,
     /// In how many polls the same page could not be fetched. Only a page that is not the first of its window counts.
     page_failures: u32,
@@ -372,7 +372,7 @@ impl Poller {
             .await
     }
 
-    /// The outcome of a poll that has used up its page budget. The next poll continues from the page reached, even if
+    /// The outcome of a poll that has used up its budget. The next poll continues from the page reached, even if
     /// this one found no new event (`progress` is false), since new events may follow more known ones than one poll can
     /// read. `None`: there were too many such polls.
     async fn continues(
@@ -386,7 +386,7 @@ impl Poller {
             .await?;
         if progress {
             tracing::warn!(
-                "a poll has used up its page budget; the next one continues from the page reached"
+                "a poll has used up its budget; the next one continues from the page reached"
             );
             return Ok(Some(PollOutcome::Incomplete));
         }
@@ -484,8 +484,8 @@ impl Poller {
         Ok(cursor)
     }
 
-    /// The cursor, or the time of the last poll that ended, if that is earlier: because the clock of BigChat, or of a
-    /// server that answered for it, was ahead at that poll, or because a later poll stored its last page but has not
+    /// The cursor, or the time of the last poll that ended, if that is earlier. It is earlier if the clock of BigChat,
+    /// or of a server that answered for it, was ahead at that poll, or if a later poll stored its last page but has not
     /// ended. The result is never earlier than one `--max-window` before the cursor or BigChat's present time,
     /// whichever of these is earlier.
     fn resumes_at(&self, cursor: Timestamp, now: Timestamp, read_at: Option<Millis>) -> Timestamp {
