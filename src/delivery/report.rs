@@ -138,7 +138,7 @@ impl Reporter {
         }
         let mut outcome = self.failed(conversation, event, &stopped.error, now);
         match &outcome {
-            Outcome::DeadLetter { failure, .. } if stopped.step == Step::ReadingMessages => {
+            Outcome::DeadLetter { failure, .. } if stopped.step == Step::ComparingMessages => {
                 let unreadable = self.unreadable(&report.claim, events, failure);
                 report.outcomes.extend(unreadable);
                 self.verified_by_fields(report);
@@ -156,16 +156,17 @@ impl Reporter {
     /// Handles work that ended at the chat itself, without an event that needs it.
     fn chat_failed(&mut self, report: &mut Report, stopped: &Stopped, now: Millis) {
         let error = &stopped.error;
-        let is_reading_messages = stopped.step == Step::ReadingMessages;
+        let is_comparing = stopped.step == Step::ComparingMessages;
         // The chat itself was just read, so OurAPI is up.
-        let is_up = report.verify.is_some() && is_reading_messages;
+        let is_up = report.verify.is_some() && is_comparing;
         let (failed, next_at) = self.read_failed(&report.conversation, error, is_up, now);
         report.due = Due::At(next_at);
-        if failed < self.delivery.settings.max_attempts {
+        let may_pass = !error.is_of_api() && !error.is_bug_or_damage();
+        if failed < self.delivery.settings.max_attempts || may_pass {
             return;
         }
         match report.verify {
-            Some(_) if error.is_of_api() || error.is_bug_or_damage() => {
+            Some(_) => {
                 report.found = Some(VerificationResult {
                     is_unreadable: true,
                     ..VerificationResult::default()
@@ -173,16 +174,16 @@ impl Reporter {
                 report.due = Due::IfWaiting;
                 self.failed_reads.remove(&report.conversation.id);
             }
-            None if is_reading_messages => {
+            None if is_comparing => {
                 // No message has an unknown outcome.
                 report.due = Due::IfWaiting;
                 self.verified_by_fields(report);
             }
-            _ => {}
+            None => {}
         }
     }
 
-    /// The chat's messages cannot be read, so only its fields are verified.
+    /// The chat's messages cannot be compared, so only its fields are verified.
     fn verified_by_fields(&self, report: &mut Report) {
         lock(&self.delivery.unreadable).insert(report.conversation.id);
         report.observation = Observation::Read(None);

@@ -74,7 +74,9 @@ pub(super) struct Stopped {
 /// The step that failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Step {
-    ReadingMessages,
+    /// The chat was read, but its messages could not be compared: OurAPI does not return them, or the journal has an
+    /// invalid one.
+    ComparingMessages,
     /// A change of the chat that no waiting event requests. The event `at` was not sent.
     ChangingChat,
     Other,
@@ -160,7 +162,7 @@ impl Reconciliation {
         self.send_messages().await
     }
 
-    /// The last event that may have been delivered with a newer copy of this database.
+    /// The latest event that may have been delivered without a record in this journal.
     fn replay_until(&self) -> EventId {
         self.delivery.session.replay_until.get()
     }

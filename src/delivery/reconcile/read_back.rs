@@ -247,10 +247,10 @@ impl Reconciliation {
 
     /// Reads the chat's messages, if needed, and accounts for them.
     pub(super) async fn account(&mut self, chat: Uuid, needed: Needed) -> Result<(), Stopped> {
-        let recorded = self
-            .recorded()
-            .await
-            .map_err(|error| Stopped::at(self.first_outcome_unknown(), error))?;
+        let recorded = self.recorded().await.map_err(|error| Stopped {
+            step: Step::ComparingMessages,
+            ..Stopped::at(self.first_outcome_unknown(), error)
+        })?;
         let is_message = |event: &Pending| event.payload.kind().is_message();
         let is_unknown = |message: &Recorded| message.state == MessageState::OutcomeUnknown;
         let is_needed = match needed {
@@ -327,7 +327,7 @@ impl Reconciliation {
         match self.delivery.our_api.messages(chat).await {
             Ok(held) => Ok(held.iter().map(Message::key).collect()),
             Err(error) => Err(Stopped {
-                step: Step::ReadingMessages,
+                step: Step::ComparingMessages,
                 ..Stopped::at(at, error.into())
             }),
         }

@@ -866,3 +866,31 @@ async fn invalid_row_and_a_pass() {
     })
     .await;
 }
+
+/// An event whose row is invalid keeps only its own chat from being verified, in each pass.
+#[tokio::test]
+async fn invalid_event_and_later_passes() {
+    run_test(async |t| {
+        t.differs("one row is invalid");
+        t.set("--max-attempts", "3")
+            .set("--retry-initial", "50ms")
+            .set("--retry-max", "100ms");
+        delivered(t, 10..13).await;
+        t.execute(
+            "UPDATE events SET data = '{}' WHERE kind = 'MESSAGE'
+                AND conversation = (SELECT id FROM conversations WHERE bigchat_id = 10)",
+        );
+        t.execute("UPDATE deliveries SET delivered_at = 0");
+        t.set("--verify-every", "200ms");
+        let daemon = t.start();
+        for loss in ["first", "second"] {
+            t.our_api.loses_chat("12");
+            until(&format!("the {loss} loss is restored"), async || {
+                t.our_api.chats().len() == 3
+            })
+            .await;
+        }
+        daemon.stop().await;
+    })
+    .await;
+}
