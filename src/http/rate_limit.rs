@@ -75,7 +75,34 @@ pub(super) fn retry_after(value: &str, date: Option<Timestamp>) -> Option<Durati
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        /// Any value gives the wait that it names, up to the maximum, or none.
+        #[test]
+        fn fuzzed_retry_after_is_limited(
+            now in 0_i64..253_402_300_800,
+            seconds in -10_000_i64..10_000,
+            zeros in 0_usize..40,
+            value in "[ -~]{0,40}|[0-9]{1,40}|\\PC{0,20}",
+        ) {
+            let now = Timestamp::from_unix(now).expect("a time");
+            let expected = u64::try_from(seconds).ok().map(|seconds| Duration::from_secs(seconds).min(RETRY_AFTER_MAX));
+            let digits = format!(" {}{seconds}", "0".repeat(zeros));
+            prop_assert_eq!(retry_after(&digits, Some(now)), expected);
+            if let Some(until) = chrono::DateTime::from_timestamp(now.unix() + seconds, 0) {
+                let until = until.format("%a, %d %b %Y %H:%M:%S GMT").to_string();
+                if let Some(wait) = retry_after(&until, Some(now)) {
+                    prop_assert_eq!(wait, expected.unwrap_or_default());
+                }
+            }
+            if let Some(wait) = retry_after(&value, Some(now)) {
+                prop_assert!(wait <= RETRY_AFTER_MAX);
+            }
+        }
+    }
 
     #[test]
     fn retry_after_forms_and_maximum() {
