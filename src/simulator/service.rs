@@ -1,6 +1,7 @@
 //! A service at work: an [`Api`] with its faults and a record of requests. The requests come from
 //! [`Server`](super::Server) or from a caller in this process.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -54,6 +55,8 @@ pub struct Asked {
 struct Plans {
     rng: Xoshiro256PlusPlus,
     faults: Vec<(String, Fault)>,
+    /// The patterns of all faults so far, and whether a request has met one of that pattern.
+    met: BTreeMap<String, bool>,
     rates: Vec<(f64, Fault)>,
     outage: Option<Fault>,
     injected: u64,
@@ -99,6 +102,7 @@ impl<A: Api> Service<A> {
             plans: Mutex::new(Plans {
                 rng: Xoshiro256PlusPlus::seed_from_u64(seed),
                 faults: Vec::new(),
+                met: BTreeMap::new(),
                 rates: Vec::new(),
                 outage: None,
                 injected: 0,
@@ -143,7 +147,9 @@ impl<A: Api> Service<A> {
     /// applies. A pattern is the beginning of a request's line, such as `GET /chats?external_id=42`, in which `*`
     /// stands for anything and `{id}` for one segment of a path. `POST /chats` matches only that path.
     pub fn upset(&self, pattern: &str, fault: Fault) {
-        self.plans().faults.push((pattern.to_owned(), fault));
+        let mut plans = self.plans();
+        plans.met.entry(pattern.to_owned()).or_default();
+        plans.faults.push((pattern.to_owned(), fault));
     }
 
     /// Each request meets this fault with this probability, in addition to the faults set before.
@@ -194,6 +200,13 @@ impl<A: Api> Service<A> {
             .iter()
             .map(|(_, fault)| fault.times)
             .sum()
+    }
+
+    /// The patterns of faults that no request has met, even if they were ended.
+    pub fn unmet(&self) -> Vec<String> {
+        let plans = self.plans();
+        let unmet = plans.met.iter().filter(|(_, met)| !**met);
+        unmet.map(|(pattern, _)| pattern.clone()).collect()
     }
 
     /// Requests not answered yet, including held and paused ones.
@@ -387,7 +400,8 @@ impl Plans {
             let line = line.unwrap_or_else(|| request.line());
             let mut faults = self.faults.iter_mut();
             let hit = faults.find(|(pattern, fault)| fault.times > 0 && fits(&line, pattern));
-            if let Some((_, hit)) = hit {
+            if let Some((pattern, hit)) = hit {
+                self.met.insert(pattern.clone(), true);
                 hit.times -= 1;
                 fault = Some(hit.clone());
             }

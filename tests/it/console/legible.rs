@@ -165,8 +165,7 @@ async fn agent_not_resolved_yet() {
         ],
         async |(down, expected)| {
             run_test(async |t| {
-                t.bigchat.upset(down, status(500).always());
-                t.our_api.upset(down, status(500).always());
+                t.upset(down, status(500).always());
                 let console = Console::new(t, Tokens::default());
                 t.bigchat.reports([start(42, 0)]);
                 t.until_events("waiting", 1).await;

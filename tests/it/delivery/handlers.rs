@@ -752,7 +752,7 @@ async fn tokens_sent_but_never_shown() {
     run_test(async |t| {
         let refused = [message(42, 5, "k"), message(42, 6, "kk")];
         t.bigchat.reports(refused);
-        t.bigchat.upset("GET /advisors", status(401));
+        t.bigchat.upset("GET /advisors/7", status(401));
         t.our_api.upset("POST /chats", status(401));
         let mut log = String::new();
         for _ in 0..3 {

@@ -350,10 +350,6 @@ async fn discarded_message_accounts_for_itself() {
 async fn rejected_chat_without_rebuild() {
     run_test(async |t| {
         t.differs("OurAPI rejects a chat");
-        t.our_api.upset(
-            r#"POST /chats {"agent_id":null,"external_id":"99"*"#,
-            status(422).always(),
-        );
         t.our_api
             .upset(r#"POST /chats {"external_id":"99"*"#, status(422).always());
         let daemon = t.start();

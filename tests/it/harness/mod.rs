@@ -106,6 +106,8 @@ pub(crate) struct Test {
     rules: RefCell<Rules>,
     /// Why OurAPI may differ from the expected state in the end. `None`: it must not differ.
     differs: RefCell<Option<&'static str>>,
+    /// Why a fault may meet no request. `None`: each must meet one, or else the test does not show what it claims.
+    unmet: RefCell<Option<&'static str>>,
     /// How many events have failed in the end although OurAPI could have stored them.
     failed: RefCell<usize>,
 }
@@ -129,6 +131,7 @@ impl Test {
             our_api: OurApi::new(our_api),
             rules: RefCell::default(),
             differs: RefCell::default(),
+            unmet: RefCell::default(),
             failed: RefCell::default(),
         }
     }
@@ -149,11 +152,21 @@ impl Test {
         {
             panic!("{problem}");
         }
+        let unmet = [self.bigchat.unmet(), self.our_api.unmet()].concat();
+        assert!(
+            unmet.is_empty() || self.unmet.borrow().is_some(),
+            "no request has met the faults of {unmet:?}"
+        );
     }
 
     /// Allows OurAPI to differ from the expected state in the end, for this reason.
     pub(crate) fn differs(&self, why: &'static str) {
         self.differs.replace(Some(why));
+    }
+
+    /// Allows faults that meet no request, for this reason.
+    pub(crate) fn unmet(&self, why: &'static str) {
+        self.unmet.replace(Some(why));
     }
 
     /// Expects that this many events have failed in the end, in addition to those that OurAPI cannot store.

@@ -500,6 +500,7 @@ async fn new_date_for_ten_polls() {
 
 /// Makes BigChat reject windows that begin at these times. Reading begins at 20:00.
 async fn refusing(t: &Test, code: u16, starts: &[&str]) {
+    t.unmet("the search does not ask for each window");
     t.set("--since", &time(-7200));
     for start in starts {
         let pattern = format!("GET /events?start_at=2026-11-22T{start}");
