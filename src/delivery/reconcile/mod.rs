@@ -187,7 +187,14 @@ impl Reconciliation {
                 && (event.payload.kind().is_message()
                     || !lock(&self.delivery.unreadable).contains(&self.conversation.id))
         };
-        !self.claim.is_read && self.events.iter().any(must_be_read)
+        // The messages could not be read while this one, which may have been sent, was waiting behind a full claim.
+        let is_unresolved = |event: &Pending| {
+            event.payload.kind().is_message()
+                && event.attempts.outcome_unknown
+                && event.credit.is_none()
+        };
+        self.events.iter().any(is_unresolved)
+            || !self.claim.is_read && self.events.iter().any(must_be_read)
     }
 
     /// Writes the desired fields of the chat: all changes at once, or one by one if one of them has failed before or

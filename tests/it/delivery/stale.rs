@@ -607,3 +607,88 @@ async fn text_beyond_the_retention() {
     })
     .await;
 }
+
+/// A message of unknown outcome is not sent again unread because the chat's messages cannot be read while more events
+/// than are claimed together wait before it.
+#[tokio::test]
+async fn unreadable_behind_many_changes() {
+    run_test(async |t| {
+        // The message is stored, but that cannot be found out.
+        t.fails(1);
+        t.set("--max-attempts", "2")
+            .set("--retry-initial", "2s")
+            .set("--retry-max", "2s");
+        t.start();
+        t.delivers([start(42, 0), start(43, 1)]).await;
+        // More than are claimed together.
+        t.our_api.upset("PATCH *", status(422).always());
+        t.bigchat.reports((1..=201).map(|at| end(42, at)));
+        t.until_events("failed", 201).await;
+        t.our_api.calm();
+        // The message is stored, and the messages of its chat cannot be read.
+        t.our_api
+            .upset("GET /chats/c1/messages", status(500).always());
+        t.our_api
+            .upset("POST /chats/c1/messages", crashed().carried_out());
+        t.bigchat.reports([message(42, 5, "hello")]);
+        until("that is recorded", async || {
+            t.value::<i64>("SELECT count(*) FROM attempts WHERE outcome_unknown") == 1
+        })
+        .await;
+        t.failed_command(&["retry", "--all"])
+            .expect("all are tried again");
+        let mut others = 0;
+        until("nothing waits", async || {
+            others += 1;
+            t.bigchat.reports([message(43, 10 + others, "meanwhile")]);
+            t.bigchat.further_polls(1).await;
+            t.value::<i64>("SELECT waiting FROM conversations WHERE bigchat_id = 42") == 0
+        })
+        .await;
+        let mut messages = t.our_api.messages();
+        messages.retain(|text| text != "meanwhile");
+        assert_eq!(messages, ["hello"], "it is doubled");
+    })
+    .await;
+}
+
+/// The same behind a single message that fills a claim.
+#[tokio::test]
+async fn unreadable_behind_a_long_message() {
+    run_test(async |t| {
+        t.differs("the long message has failed, since the chat cannot be read");
+        t.set("--max-attempts", "2")
+            .set("--retry-initial", "2s")
+            .set("--retry-max", "2s");
+        t.start();
+        t.delivers([start(42, 0), start(43, 1)]).await;
+        t.our_api.upset("POST /chats/c1/messages", status(422));
+        let long = "x".repeat(300 << 10);
+        t.bigchat.reports([message(42, 4, &long)]);
+        t.until_events("failed", 1).await;
+        t.our_api
+            .upset("GET /chats/c1/messages", status(500).always());
+        t.our_api
+            .upset("POST /chats/c1/messages", crashed().carried_out());
+        t.bigchat.reports([message(42, 5, "hello")]);
+        until("that is recorded", async || {
+            t.value::<i64>("SELECT count(*) FROM attempts WHERE outcome_unknown") == 1
+        })
+        .await;
+        t.failed_command(&["retry", "--all"])
+            .expect("it is tried again");
+        let mut others = 0;
+        until("nothing waits", async || {
+            others += 1;
+            t.bigchat.reports([message(43, 10 + others, "meanwhile")]);
+            t.bigchat.further_polls(1).await;
+            t.value::<i64>("SELECT waiting FROM conversations WHERE bigchat_id = 42") == 0
+        })
+        .await;
+        let hello = t.our_api.messages();
+        let hello = hello.iter().filter(|text| *text == "hello").count();
+        assert_eq!(hello, 1, "it is doubled");
+        assert_eq!(t.failed().len(), 2);
+    })
+    .await;
+}
