@@ -188,10 +188,15 @@ impl Reconciliation {
                     || !lock(&self.delivery.unreadable).contains(&self.conversation.id))
         };
         // The messages could not be read while this one, which may have been sent, was waiting behind a full claim.
+        // After a read, it would have a credit, which an equal message may use instead.
         let is_unresolved = |event: &Pending| {
+            let has_credit = |other: &Pending| {
+                other.credit.is_some()
+                    && (other.at, other.payload.text()) == (event.at, event.payload.text())
+            };
             event.payload.kind().is_message()
                 && event.attempts.outcome_unknown
-                && event.credit.is_none()
+                && !self.events.iter().any(has_credit)
         };
         self.events.iter().any(is_unresolved)
             || !self.claim.is_read && self.events.iter().any(must_be_read)

@@ -692,3 +692,29 @@ async fn unreadable_behind_a_long_message() {
     })
     .await;
 }
+
+/// Of two equal messages, one was rejected and is retried, and the other one may have been delivered. The chat is read
+/// back once, and what it has counts for either.
+#[tokio::test]
+async fn retried_message_before_an_equal_unknown_one() {
+    run_test(async |t| {
+        t.set("--retry-initial", "1s").set("--retry-max", "1s");
+        t.start();
+        t.delivers([start(42, 0)]).await;
+        t.our_api.upset("POST /chats/c1/messages", status(422));
+        t.our_api
+            .upset("POST /chats/c1/messages", crashed().carried_out());
+        t.bigchat
+            .reports([message(42, 5, "hello"), message(42, 5, "hello")]);
+        until("both have failed", async || {
+            t.value::<i64>("SELECT count(*) FROM attempts") == 2
+        })
+        .await;
+        t.failed_command(&["retry", "--all"])
+            .expect("the first one is tried again");
+        t.agrees().await;
+        let read = t.our_api.ever_asked("GET /chats/c1/messages").len();
+        assert_eq!(read, 1, "it is read back once");
+    })
+    .await;
+}
