@@ -303,6 +303,10 @@ async fn exit_code_of_once() {
         );
         t.bigchat.up().await.expect("it is up");
         t.our_api.up().await.expect("it is up");
+        until("the event is due again", async || {
+            t.value::<i64>("SELECT max(due_at) FROM conversations") <= Millis::now().0
+        })
+        .await;
         let (code, text) = once().await;
         assert_eq!(code, Some(0), "{text}");
         t.until_events("delivered", 3).await;
