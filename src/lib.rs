@@ -83,7 +83,8 @@
 //! - **outcome unknown**: of a request that may or may not have been carried out.
 //! - **overlap**: how far a window reaches back before the cursor, for late events.
 //! - **page**: one response of BigChat with events; stored before the next is requested.
-//! - **pass**: a verification, in idle time, of every chat without waiting events (`--verify-every`).
+//! - **pass**: a verification, in idle time, of every chat that has stored events, none of them waiting
+//!   (`--verify-every`).
 //! - **poll**: one attempt to read a window, page by page; the next one continues a window that is not read to its end.
 //! - **probe**: a request that finds out whether an API is back, or whether BigChat restarted.
 //! - **rate limit**: a time before which an API asked not to be called.

@@ -90,7 +90,7 @@ impl Agents {
     }
 
     /// The agent of an advisor; `None` if BigChat denies the advisor or has restarted since, or if OurAPI denies the
-    /// agent. The next verification pass asks again, BigChat only about advisors of the current epoch.
+    /// agent. The next verification pass asks both APIs again, but BigChat only about advisors of the current epoch.
     pub(super) async fn resolve(
         &self,
         epoch: Epoch,

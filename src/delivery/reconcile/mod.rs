@@ -92,8 +92,9 @@ impl Stopped {
     }
 }
 
-/// Delivers the events of a conversation until they are done, one fails, or the daemon is to stop. A verification ends
-/// before its next request once `give_way` is cancelled. A panic is a failure.
+/// Delivers the events of a conversation until they are done, one fails, or the daemon is to stop. Once `give_way` is
+/// cancelled, a verification ends before it reads the chat's messages, or after it has read them; after that point, it
+/// is completed. A panic is a failure.
 pub(super) async fn reconcile(
     delivery: Arc<Delivery>,
     work: Work,
