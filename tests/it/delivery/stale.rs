@@ -608,6 +608,30 @@ async fn text_beyond_the_retention() {
     .await;
 }
 
+/// Retries the failed events of chat `c1` while a message of unknown outcome waits, which is stored, but the messages of
+/// its chat cannot be read. Ends when nothing waits.
+async fn retries_before_an_unreadable_message(t: &Test) {
+    t.our_api
+        .upset("GET /chats/c1/messages", status(500).always());
+    t.our_api
+        .upset("POST /chats/c1/messages", crashed().carried_out());
+    t.bigchat.reports([message(42, 5, "hello")]);
+    until("that is recorded", async || {
+        t.value::<i64>("SELECT count(*) FROM attempts WHERE outcome_unknown") == 1
+    })
+    .await;
+    t.failed_command(&["retry", "--all"])
+        .expect("all are tried again");
+    let mut others = 0;
+    until("nothing waits", async || {
+        others += 1;
+        t.bigchat.reports([message(43, 10 + others, "meanwhile")]);
+        t.bigchat.further_polls(1).await;
+        t.value::<i64>("SELECT waiting FROM conversations WHERE bigchat_id = 42") == 0
+    })
+    .await;
+}
+
 /// A message of unknown outcome is not sent again unread because the chat's messages cannot be read while more events
 /// than are claimed together wait before it.
 #[tokio::test]
@@ -625,26 +649,7 @@ async fn unreadable_behind_many_changes() {
         t.bigchat.reports((1..=201).map(|at| end(42, at)));
         t.until_events("failed", 201).await;
         t.our_api.calm();
-        // The message is stored, and the messages of its chat cannot be read.
-        t.our_api
-            .upset("GET /chats/c1/messages", status(500).always());
-        t.our_api
-            .upset("POST /chats/c1/messages", crashed().carried_out());
-        t.bigchat.reports([message(42, 5, "hello")]);
-        until("that is recorded", async || {
-            t.value::<i64>("SELECT count(*) FROM attempts WHERE outcome_unknown") == 1
-        })
-        .await;
-        t.failed_command(&["retry", "--all"])
-            .expect("all are tried again");
-        let mut others = 0;
-        until("nothing waits", async || {
-            others += 1;
-            t.bigchat.reports([message(43, 10 + others, "meanwhile")]);
-            t.bigchat.further_polls(1).await;
-            t.value::<i64>("SELECT waiting FROM conversations WHERE bigchat_id = 42") == 0
-        })
-        .await;
+        retries_before_an_unreadable_message(t).await;
         let mut messages = t.our_api.messages();
         messages.retain(|text| text != "meanwhile");
         assert_eq!(messages, ["hello"], "it is doubled");
@@ -666,25 +671,7 @@ async fn unreadable_behind_a_long_message() {
         let long = "x".repeat(300 << 10);
         t.bigchat.reports([message(42, 4, &long)]);
         t.until_events("failed", 1).await;
-        t.our_api
-            .upset("GET /chats/c1/messages", status(500).always());
-        t.our_api
-            .upset("POST /chats/c1/messages", crashed().carried_out());
-        t.bigchat.reports([message(42, 5, "hello")]);
-        until("that is recorded", async || {
-            t.value::<i64>("SELECT count(*) FROM attempts WHERE outcome_unknown") == 1
-        })
-        .await;
-        t.failed_command(&["retry", "--all"])
-            .expect("it is tried again");
-        let mut others = 0;
-        until("nothing waits", async || {
-            others += 1;
-            t.bigchat.reports([message(43, 10 + others, "meanwhile")]);
-            t.bigchat.further_polls(1).await;
-            t.value::<i64>("SELECT waiting FROM conversations WHERE bigchat_id = 42") == 0
-        })
-        .await;
+        retries_before_an_unreadable_message(t).await;
         let hello = t.our_api.messages();
         let hello = hello.iter().filter(|text| *text == "hello").count();
         assert_eq!(hello, 1, "it is doubled");
