@@ -6,7 +6,7 @@ use crate::harness::services::{
 use crate::harness::{Test, run_test, run_with, side_by_side, until};
 use bigchat_sync::domain::time::Timestamp;
 use bigchat_sync::http::Api;
-use bigchat_sync::simulator::bigchat::{Clock, Log, Options, Page, page, raw};
+use bigchat_sync::simulator::bigchat::{Clock, Log, Options, page, raw};
 use bigchat_sync::simulator::event::{end, message, start, transfer};
 use bigchat_sync::simulator::fault::{dropped, status};
 use std::sync::Arc;
@@ -642,12 +642,17 @@ async fn date_cannot_be_read() {
 
 /// Reports pages with one message each. Each page links to the next.
 fn reports_pages(t: &Test, pages: i64) {
-    let event = |n: i64| message(42, n, &format!("text {n}"));
-    for n in 1..pages {
-        t.bigchat
-            .reports(page([event(n)], format!("?page={}", n + 1)));
+    reports_linked_pages(t, pages - 1);
+    t.bigchat
+        .reports([message(42, pages, &format!("text {pages}"))]);
+}
+
+/// The same, and the last one links to a further page.
+fn reports_linked_pages(t: &Test, pages: i64) {
+    for n in 1..=pages {
+        let event = message(42, n, &format!("text {n}"));
+        t.bigchat.reports(page([event], format!("?page={}", n + 1)));
     }
-    t.bigchat.reports(Page::from(vec![event(pages)]));
 }
 
 /// A poll without end pauses after its page budget, and the next poll continues from there, at once if all pages were
@@ -723,10 +728,7 @@ async fn known_pages_without_end() {
         let before = t.cursor();
         t.execute("UPDATE poll_state SET cursor_moved_at = cursor_moved_at - 600000");
         t.bigchat.clock(NOW + 60);
-        for n in 1..=600 {
-            let event = message(42, n, &format!("text {n}"));
-            t.bigchat.reports(page([event], format!("?page={}", n + 1)));
-        }
+        reports_linked_pages(t, 600);
         t.execute("UPDATE poll_state SET idle_polls = 18");
         t.once().await;
         assert_eq!(t.bigchat.queries().len(), 600);
@@ -757,10 +759,7 @@ async fn known_pages_before_missing_page() {
             .upset("GET /events?page=201", status(404).always());
         t.execute("UPDATE poll_state SET idle_polls = 18");
         for _ in 0..6 {
-            for n in 1..=200 {
-                let event = message(42, n, &format!("text {n}"));
-                t.bigchat.reports(page([event], format!("?page={}", n + 1)));
-            }
+            reports_linked_pages(t, 200);
         }
         for _ in 0..6 {
             t.once().await;
@@ -824,11 +823,7 @@ async fn ten_pages_without_events() {
 async fn window_rescanned_across_restarts() {
     run_test(async |t| {
         let pages = |last: i64| {
-            for n in 1..=last {
-                let events = vec![message(42, n, &format!("text {n}"))];
-                let next = format!("?page={}", n + 1);
-                t.bigchat.reports(page(events, next));
-            }
+            reports_linked_pages(t, last);
         };
         pages(202);
         t.bigchat.upset("GET /events?page=203", status(404));
@@ -1093,10 +1088,7 @@ async fn wrong_date_after_a_restart() {
 async fn pages_shift_where_poll_pauses() {
     run_test(async |t| {
         t.differs("scripted pages imitate a log that shifts");
-        for n in 1..200 {
-            let events = vec![message(42, n, &format!("text {n}"))];
-            t.bigchat.reports(page(events, format!("?page={}", n + 1)));
-        }
+        reports_linked_pages(t, 199);
         let twin = || message(42, 300, "twin");
         t.bigchat
             .reports(page([message(42, 200, "text 200"), twin()], "?page=201"));
