@@ -145,6 +145,11 @@ enum PollError {
     Unanswered,
 }
 
+/// Whether the next poll follows a poll with this result without waiting.
+fn is_followed_at_once(result: &Result<PollOutcome, PollError>) -> bool {
+    matches!(result, Ok(PollOutcome::More | PollOutcome::Known))
+}
+
 impl Poller {
     pub fn new(
         source: Arc<Source>,
@@ -184,12 +189,12 @@ impl Poller {
         let mut tick = Instant::now();
         loop {
             let result = self.poll().await;
-            if !matches!(result, Ok(PollOutcome::More | PollOutcome::Known)) {
+            if !is_followed_at_once(&result) {
                 self.signals.caught_up.cancel();
             }
             let wait = match result {
                 _ if self.unstored.is_some() => STORAGE_PAUSE.min(interval),
-                Ok(PollOutcome::More | PollOutcome::Known) => Duration::ZERO,
+                _ if is_followed_at_once(&result) => Duration::ZERO,
                 _ => {
                     if !self.signals.storage.poller.is_refused() {
                         self.prune(tick + interval).await;
@@ -221,7 +226,7 @@ impl Poller {
             up_to_date = matches!(result, Ok(PollOutcome::UpToDate));
             match result {
                 _ if self.unstored() > 0 => sleep(STORAGE_PAUSE).await,
-                Ok(PollOutcome::More | PollOutcome::Known) => {}
+                _ if is_followed_at_once(&result) => {}
                 Err(PollError::Unanswered) => tokio::select! {
                     () = sleep(self.settings.poll_interval.min(self.settings.retry_max)) => {}
                     () = self.signals.stopping.cancelled() => {}
@@ -237,7 +242,7 @@ impl Poller {
     /// One poll. Errors are logged here, and the next poll continues from the last stored page.
     async fn poll(&mut self) -> Result<PollOutcome, PollError> {
         let result = self.try_poll().await;
-        if !matches!(result, Ok(PollOutcome::More | PollOutcome::Known)) {
+        if !is_followed_at_once(&result) {
             self.source.clock().count_poll();
         }
         let storage = &self.signals.storage;
@@ -322,22 +327,22 @@ impl Poller {
         }
         // If BigChat failed and there is no new page, the probe for a restart would only fail, too.
         let progress = (pages.has_new() || fetched.is_ok()) && self.ingest(&mut pages).await?;
-        let (cursor, outcome) = match fetched? {
-            FetchEnd::Complete(cursor) if poll.window.end < now => (cursor, PollOutcome::More),
-            FetchEnd::Complete(cursor) => (cursor, PollOutcome::UpToDate),
+        let cursor = match fetched? {
+            FetchEnd::Complete(cursor) => cursor,
             FetchEnd::Stuck => return self.read_again().await,
             FetchEnd::TooOld(oldest) => return self.skip_gap(oldest).await,
             FetchEnd::Budget => match self.continues(progress, poll.window).await? {
                 Some(outcome) => return Ok(outcome),
-                None => (poll.window.end, PollOutcome::UpToDate),
+                None => poll.window.end,
             },
         };
         self.end_poll(cursor).await?;
         self.read_at = self.window_at;
-        if outcome == PollOutcome::UpToDate {
-            self.standstill.observe(cursor, Instant::now());
+        if poll.window.end < now {
+            return Ok(PollOutcome::More);
         }
-        Ok(outcome)
+        self.standstill.observe(cursor, Instant::now());
+        Ok(PollOutcome::UpToDate)
     }
 
     /// Stores the page that was received and is not stored yet, if there is one.
