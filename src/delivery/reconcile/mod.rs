@@ -90,6 +90,10 @@ impl Stopped {
             step: Step::Other,
         }
     }
+
+    fn during(self, step: Step) -> Self {
+        Self { step, ..self }
+    }
 }
 
 /// Delivers the events of a conversation until they are done, one fails, or the daemon is to stop. Once `give_way` is
@@ -188,8 +192,9 @@ impl Reconciliation {
                 && (event.payload.kind().is_message()
                     || !lock(&self.delivery.unreadable).contains(&self.conversation.id))
         };
-        // The messages could not be read while this one, which may have been sent, was waiting behind a full claim.
-        // After a read, it would have a credit, which an equal message may use instead.
+        // Once the messages have been read, a message whose outcome is still unknown has a credit, or an equal message
+        // of the claim has it. Without one, the messages must be read: they could not be read while this message was
+        // waiting behind a full claim.
         let is_unresolved = |event: &Pending| {
             let has_credit = |other: &Pending| {
                 other.credit.is_some()
@@ -252,8 +257,7 @@ impl Reconciliation {
             (Err(error), [event, ..]) => return Err(Stopped::at(Some(event.id), error)),
             (Err(error), []) => {
                 let at = self.events.first().map(|event| event.id);
-                let step = Step::ChangingChat;
-                return Err(Stopped { at, error, step });
+                return Err(Stopped::at(at, error).during(Step::ChangingChat));
             }
         }
         Ok(true)

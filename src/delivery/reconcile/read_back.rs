@@ -247,9 +247,8 @@ impl Reconciliation {
 
     /// Reads the chat's messages, if needed, and accounts for them.
     pub(super) async fn account(&mut self, chat: Uuid, needed: Needed) -> Result<(), Stopped> {
-        let recorded = self.recorded().await.map_err(|error| Stopped {
-            step: Step::ComparingMessages,
-            ..Stopped::at(self.first_outcome_unknown(), error)
+        let recorded = self.recorded().await.map_err(|error| {
+            Stopped::at(self.first_outcome_unknown(), error).during(Step::ComparingMessages)
         })?;
         let is_message = |event: &Pending| event.payload.kind().is_message();
         let is_unknown = |message: &Recorded| message.state == MessageState::OutcomeUnknown;
@@ -326,10 +325,7 @@ impl Reconciliation {
     ) -> Result<Vec<MessageKey>, Stopped> {
         match self.delivery.our_api.messages(chat).await {
             Ok(held) => Ok(held.iter().map(Message::key).collect()),
-            Err(error) => Err(Stopped {
-                step: Step::ComparingMessages,
-                ..Stopped::at(at, error.into())
-            }),
+            Err(error) => Err(Stopped::at(at, error.into()).during(Step::ComparingMessages)),
         }
     }
 }
