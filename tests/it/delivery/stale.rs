@@ -608,8 +608,8 @@ async fn text_beyond_the_retention() {
     .await;
 }
 
-/// Retries the failed events of chat `c1` while a message of unknown outcome waits, which is stored, but the messages of
-/// its chat cannot be read. Ends when nothing waits.
+/// Retries the failed events of chat `c1` while a message of unknown outcome waits, which is stored, but the messages
+/// of its chat cannot be read. Ends when nothing waits.
 async fn retries_before_an_unreadable_message(t: &Test) {
     t.our_api
         .upset("GET /chats/c1/messages", status(500).always());
