@@ -96,9 +96,9 @@ impl Stopped {
     }
 }
 
-/// Delivers the events of a conversation until they are done, one fails, or the daemon is to stop. Once `give_way` is
-/// cancelled, a verification ends before it reads the chat's messages, or after it has read them; after that point, it
-/// is completed. A panic is a failure.
+/// Delivers the events of a conversation until they are done, one fails, or the daemon is to stop. A verification ends
+/// early if `give_way` is cancelled before the chat's messages have been read; if it is cancelled later, the
+/// verification is completed. A panic is a failure.
 pub(super) async fn reconcile(
     delivery: Arc<Delivery>,
     work: Work,
@@ -192,9 +192,9 @@ impl Reconciliation {
                 && (event.payload.kind().is_message()
                     || !lock(&self.delivery.unreadable).contains(&self.conversation.id))
         };
-        // Once the messages have been read, a message whose outcome is still unknown has a credit, or an equal message
-        // of the claim has it. Without one, the messages must be read: they could not be read while this message was
-        // waiting behind a full claim.
+        // Once the messages have been read, a message whose outcome is still unknown has a credit, unless an equal
+        // message of the claim has it. If neither has one, the messages were not read after this message may have been
+        // sent: for example, because OurAPI failed to return them while it was waiting behind a full claim.
         let is_unresolved = |event: &Pending| {
             let has_credit = |other: &Pending| {
                 other.credit.is_some()
