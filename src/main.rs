@@ -207,7 +207,7 @@ fn obey_signals(
             thread::sleep(STOPPED_WITHIN);
             end(
                 &at_the_deadline,
-                "not stopped in time, perhaps because a disk does not respond; exiting now; in-flight requests will be verified at the next start",
+                "not stopped in time, perhaps because a disk does not respond; exiting now; the chats with requests in flight will be read back at the next start",
             );
         }
     })?;
@@ -233,7 +233,7 @@ fn obey_signals(
         move || {
             end(
                 &terminal,
-                "second signal, exiting now; in-flight requests will be verified at the next start",
+                "second signal, exiting now; the chats with requests in flight will be read back at the next start",
             )
         },
     )

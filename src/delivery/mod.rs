@@ -101,7 +101,7 @@ impl Delivery {
             tokio::select! {
                 () = committer.run(reported, release) => true,
                 () = too_late => {
-                    tracing::error!("the last deliveries could not be committed; they will be verified at the next start");
+                    tracing::error!("the last deliveries could not be committed; their chats will be read back at the next start");
                     false
                 }
             }
@@ -119,7 +119,7 @@ impl Delivery {
         };
         tracing::error!(
             reason = failed,
-            "the end of the session could not be recorded; the last deliveries will be verified at the next start"
+            "the end of the session could not be recorded; the chats of the last deliveries will be read back at the next start"
         );
     }
 }

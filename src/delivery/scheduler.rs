@@ -423,7 +423,7 @@ impl Scheduler {
                     let requests = self.at_work.len();
                     tracing::warn!(
                         conversations = requests,
-                        "OurAPI did not answer in time; in-flight requests will be verified at the next start"
+                        "OurAPI did not answer in time; the chats with requests in flight will be read back at the next start"
                     );
                     self.delivery.our_api.record_timeout(requests);
                     self.at_work.abort_all();

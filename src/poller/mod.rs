@@ -282,7 +282,7 @@ impl Poller {
         result
     }
 
-    /// After a poll that had nothing to write, checks whether the journal is writable again.
+    /// After a poll that failed because of BigChat, checks whether the journal is writable again.
     async fn retry_storage(&self) {
         let storage = &self.signals.storage;
         if storage.poller.is_refused()

@@ -193,8 +193,9 @@ impl Reconciliation {
                     || !lock(&self.delivery.unreadable).contains(&self.conversation.id))
         };
         // Once the messages have been read, a message whose outcome is still unknown has a credit, unless an equal
-        // message of the claim has it. If neither has one, the messages were not read after this message may have been
-        // sent: for example, because OurAPI failed to return them while it was waiting behind a full claim.
+        // message of the claim has it. If neither has one, the messages have not been read since the attempt that may
+        // have sent this one: for example, because OurAPI failed to return them while this one was waiting behind a
+        // full claim.
         let is_unresolved = |event: &Pending| {
             let has_credit = |other: &Pending| {
                 other.credit.is_some()
@@ -348,7 +349,7 @@ impl Reconciliation {
     }
 
     /// Handles a not-found response for the chat. The chat counts as gone only if OurAPI's list confirms it. If it was
-    /// just created, the attempt has failed, so that the chat is not created again without a back-off.
+    /// just created, the attempt counts as failed, so that the chat is not created again without a back-off.
     async fn chat_missing(&mut self, error: ApiError) -> Result<(), AttemptError> {
         match self.refresh().await? {
             Refreshed::Gone => {
