@@ -34,10 +34,6 @@ pub async fn read(source: &Source, conversation: &mut Conversation) -> Result<()
                     epoch::begin(source, conversation.epoch, reported).await?;
                     false
                 }
-                // A later epoch has no conversation that started before this epoch was last verified.
-                (None, Some(reported)) if reported < source.epochs.verified_until() => {
-                    source.epoch() == conversation.epoch
-                }
                 _ => is_same_epoch(source, conversation.epoch).await?,
             };
             if is_same {

@@ -41,13 +41,12 @@ pub enum ProbeResult {
     Unanswered,
 }
 
-/// Checks whether BigChat has restarted since the current epoch was last verified. If so, begins a new epoch.
+/// Checks whether BigChat has restarted in the current epoch. If so, begins a new epoch.
 pub async fn probe(source: &Source) -> Result<ProbeResult, JournalError> {
     let (epoch, probes) = source
         .journal
         .with(|store| store.probes(PROBE_CONVERSATIONS))
         .await?;
-    let requested_at = source.clock().now();
     // Conversation 1 is requested first. If a known conversation that is requested after it still has its known start,
     // BigChat has not restarted in between, so conversation 1 is of this epoch, too.
     let first = match probes.iter().any(|probe| probe.bigchat_id == 1) {
@@ -58,7 +57,6 @@ pub async fn probe(source: &Source) -> Result<ProbeResult, JournalError> {
         // The next probes compare with conversation 1 as it is now.
         if let Some(first) = first {
             record_first(source, epoch, first).await?;
-            record_verified(source, requested_at);
         }
         return Ok(ProbeResult::Unknown);
     }
@@ -68,13 +66,11 @@ pub async fn probe(source: &Source) -> Result<ProbeResult, JournalError> {
         started_at: known,
     } in probes
     {
-        let requested_at = source.clock().now();
         match source.conversation(bigchat_id, ATTEMPTS).await {
             Ok(Details {
                 started_at: Some(started_at),
                 ..
             }) if started_at == known => {
-                record_verified(source, requested_at);
                 if let Some(first) = first {
                     record_first(source, epoch, first).await?;
                 }
@@ -231,10 +227,4 @@ async fn record_first(
         .journal
         .with(move |store| store.record_details(epoch, 1, first.started_at, first.advisor))
         .await
-}
-
-fn record_verified(source: &Source, at: Option<Timestamp>) {
-    if let Some(at) = at {
-        source.epochs.verified(at);
-    }
 }

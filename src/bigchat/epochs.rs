@@ -4,7 +4,6 @@ use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crate::domain::ids::Epoch;
-use crate::domain::time::Timestamp;
 use crate::mutex::lock;
 
 /// A missing conversation 1 is requested again at least once in this many probes: with a probe every 10 s, about every
@@ -14,7 +13,6 @@ const FIRST_CONVERSATION_AGAIN: u32 = 64;
 #[derive(Debug, Default)]
 pub(super) struct Epochs {
     current: Arc<AtomicI64>,
-    verified_until: AtomicI64,
     answered: Mutex<Option<bool>>,
     probes_without_first: AtomicU32,
 }
@@ -38,17 +36,6 @@ impl Epochs {
     /// sees it.
     pub(super) fn mark(&self) -> Arc<AtomicI64> {
         Arc::clone(&self.current)
-    }
-
-    /// Latest BigChat time at which the current epoch was verified.
-    pub(super) fn verified_until(&self) -> Timestamp {
-        Timestamp::clamped(self.verified_until.load(Ordering::Relaxed))
-    }
-
-    /// Records that BigChat had not restarted by `at`. The recorded time may move back, since BigChat's clock may have
-    /// been ahead for a while.
-    pub(super) fn verified(&self, at: Timestamp) {
-        self.verified_until.store(at.unix(), Ordering::Relaxed);
     }
 
     /// Whether the latest request for events succeeded, or a request for details since then; `None`: there was none.

@@ -592,6 +592,40 @@ async fn late_start_of_the_previous_epoch() {
     .await;
 }
 
+/// BigChat restarts, and its clock is set back by some minutes, as on a machine that boots with a wrong clock. Details
+/// that are read before the next poll are not those of a conversation of before.
+#[tokio::test]
+async fn late_details_after_a_restart_that_sets_the_clock_back() {
+    run_test(async |t| {
+        let command = |name| {
+            let output = t.program(name).output().expect("a process");
+            assert!(output.status.success(), "{output:?}");
+        };
+        // Both advisors are known.
+        t.bigchat.reports([start(42, 0), transfer(42, 3, 8)]);
+        t.once().await;
+        command("pause");
+        t.start();
+        // The response with its START was lost.
+        t.bigchat.reports([message(43, 5, "of before")]);
+        t.until_events("waiting", 1).await;
+        t.bigchat.further_polls(2).await;
+        t.bigchat.hold(true);
+        t.bigchat.upset("GET /events", paused());
+        t.bigchat.hold(false);
+        until("a poll is in flight", async || t.bigchat.pausing() == 1).await;
+        t.bigchat.clock(200);
+        t.bigchat.restarts(43, 150);
+        t.bigchat.open(43, 150, 8);
+        command("resume");
+        t.until_events("delivered", 3).await;
+        t.bigchat.resume();
+        until("the restart is noticed", async || t.restarts() == 1).await;
+        assert_eq!(t.our_api.chats()[1], "43 22:00:05 - -");
+    })
+    .await;
+}
+
 /// An unusable record of a conversation does not show that BigChat no longer knows it.
 #[tokio::test]
 async fn unusable_record_after_a_restart() {
