@@ -45,8 +45,8 @@ pub enum MessageState {
     OutcomeUnknown,
     /// A dead letter of unknown outcome, which is not sent again.
     DeadOutcomeUnknown,
-    /// A discarded dead letter of unknown outcome. It accounts only for an equal message in OurAPI, and only if no
-    /// other message of the journal is equal.
+    /// A discarded dead letter of unknown outcome. It accounts only for an equal message in OurAPI that no other
+    /// message of the journal matches.
     DiscardedOutcomeUnknown,
     /// It waits or is a dead letter, and no attempt can have delivered it.
     NotSent,
