@@ -28,13 +28,18 @@ impl Conversation {
     pub fn is_written(&self) -> bool {
         let (desired, observed) = (&self.desired, &self.observed);
         observed.chat.is_some()
-            && (desired.started_at.is_none() || desired.started_at == observed.started_at)
+            && !self.lacks_start()
             && desired.ended_at <= observed.ended_at
             && (desired.advisor().is_none() || desired.advisor() == observed.advisor)
     }
 
-    /// Whether the chat has no agent although it should have one: BigChat denied the advisor, OurAPI denied the agent,
-    /// or another client has removed it.
+    /// Whether the chat was written with another start, because the desired one was not known yet.
+    pub fn lacks_start(&self) -> bool {
+        self.desired.started_at.is_some() && self.desired.started_at != self.observed.started_at
+    }
+
+    /// Whether the chat has no agent although it should have one: for example, BigChat denied the advisor, OurAPI
+    /// denied the agent, or another client has removed it.
     pub fn lacks_agent(&self) -> bool {
         self.observed.agent.is_none() && self.desired.advisor().is_some()
     }
@@ -218,8 +223,7 @@ impl Observed {
 
     /// The chat after the fields were read from OurAPI. A field in `unknown` may have been written although the journal
     /// does not record it: it takes the value read, so that it is written if another value is desired. Any other field
-    /// that differs, except an end that is missing or later (see below), was changed by another client; it stays in
-    /// OurAPI and is returned as drift.
+    /// that differs, except an end that is missing or later (see below), is drift: it stays in OurAPI and is returned.
     pub fn merged(&self, found: &Fields, unknown: FieldSet) -> (Self, FieldSet) {
         let mut merged = self.clone();
         let mut drift = FieldSet::default();

@@ -348,7 +348,8 @@ pub(super) fn ask_again(connection: &Connection) -> Result<()> {
     // These are found through the denials, since the conversations' details have no index.
     connection.execute(
         "UPDATE conversations SET details = 'unread'
-         WHERE details = 'gone' AND chat_agent IS NULL AND transfer_advisor IS NULL AND (epoch, bigchat_id) IN (
+         WHERE details = 'gone' AND iif(transfer_advisor IS NULL, chat_agent, started_at) IS NULL
+            AND (epoch, bigchat_id) IN (
             SELECT epoch, bigchat_id FROM denials WHERE epoch = (SELECT max(id) FROM epochs) AND what = ?1)",
         [Denial::Conversation],
     )?;
@@ -367,7 +368,7 @@ fn record_details(
             "INSERT INTO conversations (epoch, bigchat_id, started_at, first_advisor, details) VALUES (?1, ?2, ?3, ?4, 'read')
              ON CONFLICT (epoch, bigchat_id) DO UPDATE SET
                 started_at = coalesce(started_at, excluded.started_at),
-                first_advisor = iif(details = 'unread', excluded.first_advisor, first_advisor),
+                first_advisor = iif(details = 'read', first_advisor, excluded.first_advisor),
                 details = 'read'",
         )?
         .execute(params![epoch, bigchat_id, started_at, advisor])?;

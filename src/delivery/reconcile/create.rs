@@ -19,8 +19,8 @@ impl Reconciliation {
         self.conversation.observed.chat.is_none() && is_unread && !is_complete
     }
 
-    /// Reads the details of a conversation that BigChat has denied, if its chat has no agent. If BigChat does not
-    /// answer, the next verification asks again.
+    /// Reads the details of a conversation that BigChat has denied, if its chat has no agent, or its start is unknown.
+    /// If BigChat does not answer, the next verification asks again.
     pub(super) async fn read_denied_details(
         &mut self,
         found: &our_api::Chat,
@@ -32,7 +32,11 @@ impl Reconciliation {
             ..
         } = &self.conversation;
         let has_agent = observed.agent.or(found.agent_id).is_some();
-        if *details != Details::Unread || desired.advisor().is_some() || has_agent {
+        let is_known = match desired.transfer {
+            Some(_) => desired.started_at.is_some(),
+            None => desired.first_advisor.is_some() || has_agent,
+        };
+        if *details != Details::Unread || is_known {
             return Ok(());
         }
         match details::read(&self.delivery.source, &mut self.conversation).await {

@@ -60,10 +60,11 @@ impl Reconciliation {
         let (missing, drift) = (result.missing, result.drift);
         // A denied advisor or agent is asked for again.
         let lacks_agent = self.conversation.lacks_agent() && !drift.agent;
+        let lacks_start = self.conversation.lacks_start() && !drift.started_at;
         let differs = result != VerificationResult::default();
         let is_left = match verify.mode {
             VerifyMode::Report => true,
-            VerifyMode::Restore => missing.is_none() && !lacks_agent,
+            VerifyMode::Restore => missing.is_none() && !lacks_agent && !lacks_start,
             VerifyMode::Overwrite => false,
         };
         if !is_left {

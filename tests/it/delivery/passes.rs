@@ -639,6 +639,55 @@ async fn denied_conversation_has_an_agent_after_the_next_pass() {
     .await;
 }
 
+/// The same for conversation 1, of which every probe for a restart asks, too: the probe's answer must not hide that the
+/// agent is still missing.
+#[tokio::test]
+async fn denied_first_conversation_has_an_agent_after_the_next_pass() {
+    run_test(async |t| {
+        let details = "GET /conversations/1";
+        t.bigchat.upset(details, status(404).always());
+        let daemon = t.start();
+        t.delivers([message(1, 1, "hello")]).await;
+        assert_eq!(t.our_api.chats(), ["1 22:00:01 - -"]);
+        // BigChat knows the conversation again.
+        t.bigchat.calm();
+        until("a probe has found conversation 1", async || {
+            let sql = "SELECT started_at IS NOT NULL FROM conversations WHERE bigchat_id = 1";
+            t.value(sql)
+        })
+        .await;
+        daemon.stop().await;
+        make_a_pass(t).await;
+        make_a_pass(t).await;
+        assert_eq!(t.our_api.chats(), ["1 21:00:00 - a1"]);
+    })
+    .await;
+}
+
+/// A start that becomes known after the chat was created is written, even if no further event arrives.
+#[tokio::test]
+async fn late_start_of_the_first_conversation_is_written_by_a_pass() {
+    run_test(async |t| {
+        t.bigchat
+            .upset("GET /conversations/1", status(404).always());
+        let daemon = t.start();
+        t.delivers([message(1, 1, "hello"), transfer(1, 3, 8)])
+            .await;
+        assert_eq!(t.our_api.chats(), ["1 22:00:01 - a1"]);
+        // BigChat knows the conversation again.
+        t.bigchat.calm();
+        until("a probe has found conversation 1", async || {
+            let sql = "SELECT started_at IS NOT NULL FROM conversations WHERE bigchat_id = 1";
+            t.value(sql)
+        })
+        .await;
+        daemon.stop().await;
+        make_a_pass(t).await;
+        assert_eq!(t.our_api.chats(), ["1 21:00:00 - a1"]);
+    })
+    .await;
+}
+
 /// A 404 of another service does not prove that an agent is gone.
 #[tokio::test]
 async fn agent_of_another_client_and_a_404() {
@@ -893,4 +942,30 @@ async fn invalid_event_and_later_passes() {
         daemon.stop().await;
     })
     .await;
+}
+
+/// If BigChat denies a conversation, the next pass asks again and corrects the start, with and without a TRANSFER.
+#[tokio::test]
+async fn denied_conversation_has_its_start_after_the_next_pass() {
+    for first in [message(42, 10, "first"), transfer(42, 10, 8)] {
+        run_test(async |t| {
+            let details = "GET /conversations/42";
+            t.bigchat.upset(details, status(404).always());
+            let daemon = t.start();
+            t.delivers([first.clone(), message(42, 12, "hello")]).await;
+            daemon.stop().await;
+            assert!(t.our_api.chats()[0].starts_with("42 22:00:10 -"));
+            t.bigchat.calm();
+            for _ in 0..3 {
+                make_a_pass(t).await;
+            }
+            let chats = t.our_api.chats();
+            assert!(
+                chats[0].starts_with("42 22:00:00 -"),
+                "{first}: {chats:?}, asked {} times",
+                t.bigchat.count(details)
+            );
+        })
+        .await;
+    }
 }
