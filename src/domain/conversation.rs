@@ -6,6 +6,7 @@ use std::fmt;
 use serde::Serialize;
 use uuid::Uuid;
 
+use super::account::MessageKey;
 use super::ids::{AdvisorId, ConversationId, Epoch, EventId};
 use super::named::named;
 use crate::domain::event::{EventKind, Payload};
@@ -272,6 +273,18 @@ pub struct Pending {
 }
 
 impl Pending {
+    /// The key of a message; `None`: it is no message.
+    pub fn key(&self) -> Option<MessageKey> {
+        let text = self.payload.text()?;
+        Some(MessageKey::new(self.at, text))
+    }
+
+    /// Whether it uses its credit. A credit counts only for a message that may have been sent before.
+    pub fn uses_credit(&self, replay_until: EventId) -> bool {
+        self.credit
+            .is_some_and(|as_of| self.id <= as_of.max(replay_until))
+    }
+
     /// Size of the message text in bytes.
     pub fn bytes(&self) -> usize {
         self.payload.text().map_or(0, str::len)

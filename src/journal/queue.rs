@@ -431,10 +431,9 @@ fn credit(
     }
     let mut left: HashMap<MessageKey, (u32, EventId)> = HashMap::new();
     for event in events {
-        let Some(text) = event.payload.text() else {
+        let Some(key) = event.key() else {
             continue;
         };
-        let key = MessageKey::new(event.at, text);
         if !left.contains_key(&key) {
             let credit = connection
                 .prepare_cached(

@@ -198,8 +198,7 @@ impl Reconciliation {
         // full claim.
         let is_unresolved = |event: &Pending| {
             let has_credit = |other: &Pending| {
-                other.credit.is_some()
-                    && (other.at, other.payload.text()) == (event.at, event.payload.text())
+                other.uses_credit(self.replay_until()) && other.key() == event.key()
             };
             event.payload.kind().is_message()
                 && event.attempts.outcome_unknown
@@ -393,12 +392,8 @@ impl Reconciliation {
             if self.delivery.stopping.is_cancelled() {
                 return Ok(());
             }
-            // A credit counts only for a message that may have been sent before.
-            if event
-                .credit
-                .is_some_and(|as_of| event.id <= as_of.max(self.replay_until()))
-            {
-                self.consumed.push(MessageKey::new(event.at, text));
+            if event.uses_credit(self.replay_until()) {
+                self.consumed.extend(event.key());
                 self.done.push((event.id, Ok(Effect::Nothing)));
                 continue;
             }

@@ -251,13 +251,18 @@ impl Reconciliation {
             Stopped::at(self.first_outcome_unknown(), error).during(Step::ComparingMessages)
         })?;
         let is_message = |event: &Pending| event.payload.kind().is_message();
-        let is_unknown = |message: &Recorded| message.state == MessageState::OutcomeUnknown;
+        let may_wait = |message: &Recorded| {
+            matches!(
+                message.state,
+                MessageState::OutcomeUnknown | MessageState::MaybeSent | MessageState::NotSent
+            )
+        };
         let is_needed = match needed {
             Needed::Always => true,
             Needed::IfAny => !recorded.is_empty(),
-            // More messages may be waiting than were claimed.
+            // More messages may be waiting than were claimed. OurAPI may have added even one that it refused.
             Needed::IfWaiting => {
-                self.events.iter().any(is_message) || recorded.iter().any(is_unknown)
+                self.events.iter().any(is_message) || recorded.iter().any(may_wait)
             }
         };
         if !is_needed {

@@ -5,6 +5,7 @@ use bigchat_sync::simulator::fault::{crashed, dropped, paused, status};
 use serde_json::json;
 
 use super::verify::verify;
+use crate::harness::services::time;
 use crate::harness::{Bench, Daemon, Test, run_live_test, run_test, until};
 
 /// A daemon whose windows begin after its start, so that no chat is read back because of earlier events.
@@ -42,17 +43,24 @@ async fn two_chats(t: &Test) -> Daemon {
     daemon
 }
 
-/// Waits until this many events are dead letters. Attempts count only while another conversation, 11, is being
-/// delivered.
+/// Waits until this many events are dead letters.
 async fn give_up(t: &Test, dead_letters: i64) {
+    attempts_count_until(t, "the messages are given up", || {
+        t.events("failed") == dead_letters
+    })
+    .await;
+}
+
+/// Attempts count only while another conversation, 11, is being delivered.
+async fn attempts_count_until(t: &Test, what: &str, is_so: impl Fn() -> bool) {
     let now = t.now();
     let mut others = 0;
-    until("the messages are given up", async || {
+    until(what, async || {
         others += 1;
         let meanwhile = format!("meanwhile {others}");
         t.bigchat.reports([message(11, now, &meanwhile)]);
         t.bigchat.further_polls(1).await;
-        t.events("failed") == dead_letters
+        is_so()
     })
     .await;
 }
@@ -704,4 +712,130 @@ async fn retried_message_before_an_equal_unknown_one() {
         assert_eq!(read, 1, "it is read back once");
     })
     .await;
+}
+
+/// The same if the two differ in white space only, which OurAPI strips.
+#[tokio::test]
+async fn credit_of_a_text_with_white_space() {
+    run_live_test(async |t| {
+        t.set("--retry-initial", "1s").set("--retry-max", "1s");
+        settled(t, t).await;
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        t.delivers([message(10, now - 5, "hi there")]).await;
+        t.our_api.upset("POST /chats/{id}/messages", status(422));
+        t.our_api
+            .upset("POST /chats/{id}/messages", crashed().carried_out());
+        t.bigchat
+            .reports([message(10, now, "hello "), message(10, now, "hello")]);
+        until("both have failed", async || {
+            t.value::<i64>("SELECT count(*) FROM attempts") == 2
+        })
+        .await;
+        t.failed_command(&["retry", "--all"])
+            .expect("the first one is tried again");
+        let reads = || t.our_api.ever_asked("GET /chats/*/messages").len();
+        until(
+            "it is delivered, or read back again and again",
+            async || t.events("waiting") == 0 || reads() > 100,
+        )
+        .await;
+        assert_eq!(reads(), 1, "it is read back once");
+    })
+    .await;
+}
+
+/// The same if another client's equal message has left a credit, which does not count for a later message.
+#[tokio::test]
+async fn unreadable_beside_an_older_credit() {
+    run_live_test(async |t| {
+        t.differs("another client's message");
+        t.set("--max-attempts", "2")
+            .set("--retry-initial", "2s")
+            .set("--retry-max", "2s");
+        settled(t, t).await;
+        let now = t.now();
+        t.bigchat.open(42, now - 1000, 1);
+        t.bigchat.open(11, now - 1000, 1);
+        t.delivers([message(42, now - 5, "one"), message(11, now - 5, "one")])
+            .await;
+        let chats = t.our_api.data().chats;
+        let chat = chats.iter().find(|chat| chat.external_id == "42");
+        let chat = chat.expect("a chat").chat_id;
+        // More than are claimed together.
+        t.our_api.upset("PATCH *", status(422).always());
+        t.bigchat
+            .reports((1..=201).map(|at| end(42, now - 500 + at)));
+        t.until_events("failed", 201).await;
+        t.our_api.calm();
+        // Another client adds a message, and a lost response makes the daemon read it.
+        let sent_at = now + 3;
+        let url = format!("{}/chats/{chat}/messages", t.our_api.url());
+        let body = json!({"sent_at": time(sent_at), "text": "hello"});
+        let added = reqwest::Client::new().post(url).json(&body).send().await;
+        assert!(added.expect("an answer").status().is_success());
+        let messages = format!("GET /chats/{chat}/messages");
+        let add = format!("POST /chats/{chat}/messages");
+        t.our_api.upset(&add, dropped());
+        t.our_api.upset(&add, paused());
+        t.bigchat.reports([message(42, now, "two")]);
+        until("it is sent again", async || t.our_api.pausing() == 1).await;
+        // Its credit is left as long as an event waits.
+        t.our_api.upset(&messages, status(500).always());
+        t.our_api.upset(&add, crashed().carried_out());
+        t.bigchat.reports([message(42, sent_at, "hello")]);
+        until("it waits", async || t.events("waiting") == 2).await;
+        t.our_api.resume();
+        until("that is recorded", async || {
+            t.value::<i64>("SELECT count(*) FROM attempts WHERE outcome_unknown") == 1
+        })
+        .await;
+        t.failed_command(&["retry", "--all"])
+            .expect("all are tried again");
+        let waiting = "SELECT waiting FROM conversations WHERE bigchat_id = 42";
+        attempts_count_until(t, "nothing waits", || t.value::<i64>(waiting) == 0).await;
+        let hello = t.our_api.messages();
+        let hello = hello.iter().filter(|text| *text == "hello").count();
+        assert_eq!(hello, 2, "another client's, and ours");
+    })
+    .await;
+}
+
+/// A message that a proxy refuses, although OurAPI adds it, is read back, although many changes wait before it.
+async fn is_read_back_behind_many_changes(refusal: u16) {
+    run_live_test(async |t| {
+        t.set("--retry-initial", "5s").set("--retry-max", "5s");
+        settled(t, t).await;
+        let now = t.now();
+        t.bigchat.open(10, now - 1000, 1);
+        t.delivers([message(10, now - 5, "one")]).await;
+        // More than are claimed together.
+        t.our_api.upset("PATCH *", status(422).always());
+        t.bigchat
+            .reports((1..=201).map(|at| end(10, now - 500 + at)));
+        t.until_events("failed", 201).await;
+        t.our_api.calm();
+        t.our_api
+            .upset("POST /chats/{id}/messages", status(refusal).carried_out());
+        t.bigchat.reports([message(10, now, "hello")]);
+        until("it has failed", async || {
+            t.value::<i64>("SELECT count(*) FROM attempts") == 202
+        })
+        .await;
+        t.failed_command(&["retry", "--all"])
+            .expect("all are tried again");
+        t.until_events("waiting", 0).await;
+        assert_eq!(t.our_api.sorted_messages(), ["hello", "one"]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn refused_message_behind_many_changes() {
+    is_read_back_behind_many_changes(403).await;
+}
+
+#[tokio::test]
+async fn rejected_message_retried_behind_many_changes() {
+    is_read_back_behind_many_changes(422).await;
 }
