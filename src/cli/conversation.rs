@@ -9,7 +9,7 @@ use super::{CommandError, json};
 use crate::domain::ids::EventId;
 use crate::domain::progress::Effect;
 use crate::domain::time::{Millis, Timestamp};
-use crate::journal::{ConversationRow, EventRow, EventState, Search, Store};
+use crate::journal::{ConversationRow, EventRow, EventState, Store};
 use crate::settings::number;
 use crate::status;
 use crate::telemetry::terminal::printable;
@@ -49,7 +49,7 @@ struct WithEvents {
 pub fn run(db: &Path, args: &Args) -> Result<String, CommandError> {
     let mut store = Store::open_reader(db)?;
     let now = Millis::now();
-    let (found, _) = store.find_conversations(&Search::Conversation(args.id))?;
+    let found = store.conversations_of(args.id)?;
     let mut answer = Answer {
         now,
         our_api_waits_for: status::our_api_waits_for(&mut store, now)?,

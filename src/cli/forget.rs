@@ -5,7 +5,7 @@ use std::path::Path;
 use super::{CommandError, confirm};
 use crate::domain::ids::Epoch;
 use crate::domain::time::Millis;
-use crate::journal::{ConversationRow, Forgotten, Search, Store};
+use crate::journal::{ConversationRow, Forgotten, Store};
 use crate::settings::number;
 use crate::user;
 
@@ -52,7 +52,7 @@ pub fn run(db: &Path, args: &Args) -> Result<String, CommandError> {
     if !is_log_empty {
         return Err(CommandError::InLog);
     }
-    let (rows, _) = store.find_conversations(&Search::Conversation(id))?;
+    let rows = store.conversations_of(id)?;
     let row = rows.iter().find(|row| row.epoch == epoch);
     Ok(text(id, epoch, forgotten, row))
 }

@@ -1,7 +1,8 @@
 //! What the console shows of the journal besides the figures, one page at a time.
 //!
-//! Each query uses an index and ends after a fixed number of rows, whatever the size of the journal. Large texts are
-//! truncated. A page ends with the key after which the next one begins, so that no rows are counted or skipped.
+//! Each query of the console uses an index and ends after a fixed number of rows, whatever the size of the journal.
+//! Large texts are truncated. A page ends with the key after which the next one begins, so that no rows are counted or
+//! skipped.
 
 mod rows;
 pub(super) mod says;
@@ -190,10 +191,14 @@ impl Store {
         };
         let more = keys.len() > PAGE;
         keys.truncate(PAGE);
-        let rows = keys
-            .into_iter()
-            .filter_map(|key| conversation(&transaction, key).transpose());
-        Ok((rows.collect::<Result<_>>()?, more))
+        Ok((rows(&transaction, keys)?, more))
+    }
+
+    /// All conversations with this id of BigChat's, the latest first. There is at most one per epoch.
+    pub fn conversations_of(&mut self, id: i64) -> Result<Vec<ConversationRow>> {
+        let transaction = self.connection.transaction()?;
+        let keys = keys(&transaction, BY_ID, params![id, i64::MAX])?;
+        rows(&transaction, keys)
     }
 
     /// Events that could not be parsed but name this conversation, among the latest ones.
@@ -392,6 +397,13 @@ fn agents(connection: &Connection, beginning: &str) -> Result<Vec<String>> {
     let mut statement = connection.prepare_cached(BY_NAME_OR_EMAIL)?;
     let agents = statement.query_map(params![beginning, limit(AGENTS)], |row| row.get(0))?;
     Ok(agents.collect::<rusqlite::Result<_>>()?)
+}
+
+fn rows(connection: &Connection, keys: Vec<ConversationId>) -> Result<Vec<ConversationRow>> {
+    let rows = keys
+        .into_iter()
+        .filter_map(|key| conversation(connection, key).transpose());
+    rows.collect()
 }
 
 fn conversation(connection: &Connection, key: ConversationId) -> Result<Option<ConversationRow>> {

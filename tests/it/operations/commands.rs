@@ -811,3 +811,40 @@ async fn forgotten_failed_event_is_dropped() {
     })
     .await;
 }
+
+/// SQL for 60 epochs, as after two months of daily restarts, each with a conversation 42 that has a chat.
+const EPOCHS: &str = "
+    WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 60)
+    INSERT OR IGNORE INTO epochs (id, began_at) SELECT i, i FROM n;
+    INSERT INTO conversations (id, epoch, bigchat_id, started_at, details, external_id, chat_id, chat_started_at, offset)
+        SELECT 100 + id, id, 42, id, 'read', '42@' || id, printf('00000000-0000-0000-0000-%012d', id), id, 1000 + id FROM epochs;
+    INSERT INTO events (id, conversation, kind, event_at, data, fingerprint, received_at)
+        SELECT 1000 + id, 100 + id, 'MESSAGE', id, '{\"message\":\"S3cret\"}', id, 1000 FROM epochs;";
+
+/// However often BigChat has reused an id, all of its conversations are shown.
+#[tokio::test]
+async fn id_of_many_epochs() {
+    run_test(async |t| {
+        t.fill(EPOCHS).await;
+        let answer = json_of(t, &["conversation", "42"]);
+        let shown = answer["conversations"].as_array().expect("a list").len();
+        assert_eq!(shown, 60, "all are shown");
+    })
+    .await;
+}
+
+/// The chat that the operator must erase is named, however often BigChat has reused the id.
+#[tokio::test]
+async fn forgotten_conversation_of_an_old_epoch() {
+    run_test(async |t| {
+        t.fill(EPOCHS).await;
+        for epoch in ["60", "1"] {
+            let text = done(t, &["forget", "42", "--epoch", epoch, "--yes"]);
+            assert!(
+                text.contains(&format!("OurAPI still has its chat 42@{epoch} ")),
+                "{text}"
+            );
+        }
+    })
+    .await;
+}
