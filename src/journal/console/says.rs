@@ -28,13 +28,12 @@ pub(super) fn no_agent(
     accepted: Option<bool>,
 ) -> String {
     match (advisor, known, accepted) {
-        (None, ..) if details == Details::Gone => {
-            "no advisor is known, and BigChat does not know the conversation or has no usable record".to_owned()
+        (None, ..) => match details {
+            Details::Unread => "not resolved yet: the conversation's details have not been read from BigChat",
+            Details::Read => "BigChat names no advisor for the conversation",
+            Details::Gone => "no advisor is known, and BigChat does not know the conversation or has no usable record",
         }
-        (None, ..) => {
-            "not resolved yet: the conversation's details have not been read from BigChat"
-                .to_owned()
-        }
+        .to_owned(),
         (Some(id), None, _) => {
             format!("not resolved yet: advisor {id} has not been read from BigChat")
         }
@@ -105,6 +104,7 @@ mod tests {
         for (details, advisor, known, accepted, expected) in [
             (Unread, None, None, None, "details have not been read"),
             (Gone, None, None, None, "does not know the conversation"),
+            (Read, None, None, None, "names no advisor"),
             (Read, Some(7), None, None, "advisor 7 has not been read"),
             (
                 Gone,

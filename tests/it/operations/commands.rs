@@ -848,3 +848,21 @@ async fn forgotten_conversation_of_an_old_epoch() {
     })
     .await;
 }
+
+/// Why a chat has no agent: BigChat names no advisor. This is not a matter of details that have not been read.
+#[tokio::test]
+async fn conversation_that_no_advisor_has_taken() {
+    run_test(async |t| {
+        t.differs("BigChat names no advisor");
+        let nobody = r#"{"events":[{"conversation_id":42,"event_name":"START","event_at":1795384800,"data":null}],
+            "conversation_id":42,"advisor_id":null}"#;
+        t.bigchat
+            .upset("GET /conversations/42", status(200).body(nobody).always());
+        t.start();
+        t.delivers([start(42, 0), message(42, 5, "Hello")]).await;
+        assert_eq!(t.bigchat.count("GET /conversations/42"), 1, "they were read");
+        let text = done(t, &["conversation", "42"]);
+        assert!(!text.contains("details have not been read"), "{text}");
+    })
+    .await;
+}
