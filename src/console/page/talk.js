@@ -55,7 +55,9 @@ function who(one) {
 function state(one) {
   if (one.forgotten_at !== null) return el("span.chip", null, "forgotten");
   if (one.failed.length > 0) return el("span.chip.bad", null, `${count(one.failed.length)}${one.more_failed ? "+" : ""} failed`);
+  if (one.missing !== null) return el("span.chip.bad", null, "not complete in OurAPI");
   if (one.waiting > 0) return el("span.chip.wait", null, `${count(one.waiting)} waiting`);
+  if (one.discarded > 0) return el("span.chip", null, `${count(one.discarded)} discarded`);
   if (one.chat_id === null) return el("span.chip", null, "no chat yet");
   return one.ended_at === null ? el("span.chip.fine", null, "all delivered") : el("span.chip.fine", null, "all delivered, ended");
 }
@@ -99,6 +101,7 @@ export const talk = {
               ["External id", one.external_id && copyable(one.external_id)],
               ["Started", time(one.chat_started_at)],
               ["Ended", one.chat_id && (one.chat_ended_at === null ? "not yet" : time(one.chat_ended_at))],
+              ["Missing", one.missing && `OurAPI has lost ${one.missing}; not restored`],
               ["Stale", one.stale && "it is read back before anything is sent"],
             ]),
           ),

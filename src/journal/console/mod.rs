@@ -1,8 +1,8 @@
 //! What the console shows of the journal besides the figures, one page at a time.
 //!
-//! Each query of the console uses an index and ends after a fixed number of rows, whatever the size of the journal.
-//! Large texts are truncated. A page ends with the key after which the next one begins, so that no rows are counted or
-//! skipped.
+//! Each query of the console uses an index and ends after a fixed number of rows, whatever the size of the journal; only
+//! a conversation's failed and discarded events are counted. Large texts are truncated. A page ends with the key after
+//! which the next one begins, so that no rows are skipped.
 
 mod rows;
 pub(super) mod says;
@@ -319,7 +319,9 @@ const BY_NAME_OR_EMAIL: &str = "SELECT agent_id FROM agents
 
 const CONVERSATION: &str = "SELECT c.id, c.bigchat_id, c.epoch, (SELECT max(id) FROM epochs) AS current_epoch, c.started_at, c.ended_at,
         c.first_advisor, c.transfer_advisor, c.transfer_at, c.details, c.external_id, c.chat_id, c.chat_started_at,
-        c.chat_ended_at, c.chat_agent, c.stale_seq > c.fresh_seq AS stale, c.waiting, c.forgotten_at, c.forgotten_by, a.bigchat_id AS advisor, a.name, a.email,
+        c.chat_ended_at, c.chat_agent, c.stale_seq > c.fresh_seq AS stale, c.missing, c.waiting,
+        (SELECT count(*) FROM dead_letters WHERE conversation = c.id AND discarded_at IS NOT NULL) AS discarded,
+        c.forgotten_at, c.forgotten_by, a.bigchat_id AS advisor, a.name, a.email,
         iif(g.email IS NULL, NULL, g.agent_id IS NOT NULL) AS accepted
     FROM conversations c LEFT JOIN advisors a
         ON a.epoch = c.epoch AND a.bigchat_id = coalesce(c.transfer_advisor, c.first_advisor)
@@ -474,7 +476,9 @@ fn read_conversation(row: &Row<'_>) -> rusqlite::Result<ConversationRow> {
         forgotten_at: row.get("forgotten_at")?,
         forgotten_by: row.get("forgotten_by")?,
         stale: row.get("stale")?,
+        missing: row.get("missing")?,
         waiting: unsigned(row, "waiting")?,
+        discarded: unsigned(row, "discarded")?,
         failed: Vec::new(),
         more_failed: false,
         permanent: false,

@@ -178,8 +178,12 @@ pub struct ConversationRow {
     pub forgotten_by: Option<String>,
     /// Whether the chat is read back before anything is sent, for example because the outcome of a change is unknown.
     pub stale: bool,
+    /// What OurAPI has lost of the chat and was not restored; `None`: nothing that is known.
+    pub missing: Option<String>,
     /// How many of its events are waiting.
     pub waiting: u64,
+    /// How many of its events were discarded.
+    pub discarded: u64,
     /// Its failed events, up to a limit.
     pub failed: Vec<EventId>,
     /// Whether there are more of them.

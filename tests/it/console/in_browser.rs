@@ -723,3 +723,24 @@ async fn pictures_in_both_themes() {
     })
     .await;
 }
+
+/// A conversation with a discarded event, or with a loss that was not restored, is not shown as delivered completely.
+#[tokio::test]
+#[ignore = "needs chromium"]
+async fn conversation_with_a_discarded_event() {
+    run_test(async |t| {
+        let desk = Desk::over(t, Tokens::default()).await;
+        t.bigchat.reports([message(42, 60, "k")]);
+        t.until_events("failed", 1).await;
+        t.failed_command(&["discard", "--all", "--yes"])
+            .expect("a discard");
+        let browser = desk.open("#/search?q=42").await;
+        browser.until_text(".found .chip", "1 discarded").await;
+        t.execute("UPDATE conversations SET missing = '1 message'");
+        browser
+            .until_text(".found .chip", "not complete in OurAPI")
+            .await;
+        desk.done(browser).await;
+    })
+    .await;
+}
