@@ -30,9 +30,6 @@ const PAGE: usize = 50;
 /// How many failed events are searched for one page of those with a given reason.
 const SEARCHED: usize = 10_000;
 
-/// How many agents a search may match.
-const AGENTS: usize = 20;
-
 /// How many failed events of a conversation are listed with it.
 const FAILED_LISTED: usize = 100;
 
@@ -310,12 +307,12 @@ const BY_AGENT: &str =
 const EVENT: &str = "SELECT e.id, e.kind, c.bigchat_id, e.conversation
     FROM events e LEFT JOIN conversations c ON c.id = e.conversation WHERE e.id = ?1";
 
-/// There are few agents, so a scan is cheap.
-const BY_NAME_OR_EMAIL: &str = "SELECT agent_id FROM agents
+/// There are few agents, so a scan is cheap, and so is a query for the conversations of each. Several addresses may have
+/// the same agent.
+const BY_NAME_OR_EMAIL: &str = "SELECT DISTINCT agent_id FROM agents
     WHERE agent_id IS NOT NULL AND (email LIKE ?1 ESCAPE '\\'
         OR email IN (SELECT email FROM advisors
-            WHERE name LIKE ?1 ESCAPE '\\' OR name LIKE '% ' || ?1 ESCAPE '\\'))
-    ORDER BY email LIMIT ?2";
+            WHERE name LIKE ?1 ESCAPE '\\' OR name LIKE '% ' || ?1 ESCAPE '\\'))";
 
 const CONVERSATION: &str = "SELECT c.id, c.bigchat_id, c.epoch, (SELECT max(id) FROM epochs) AS current_epoch, c.started_at, c.ended_at,
         c.first_advisor, c.transfer_advisor, c.transfer_at, c.details, c.external_id, c.chat_id, c.chat_started_at,
@@ -397,7 +394,7 @@ fn beginning(text: &str) -> String {
 
 fn agents(connection: &Connection, beginning: &str) -> Result<Vec<String>> {
     let mut statement = connection.prepare_cached(BY_NAME_OR_EMAIL)?;
-    let agents = statement.query_map(params![beginning, limit(AGENTS)], |row| row.get(0))?;
+    let agents = statement.query_map([beginning], |row| row.get(0))?;
     Ok(agents.collect::<rusqlite::Result<_>>()?)
 }
 

@@ -320,3 +320,29 @@ async fn page_without_the_token() {
     })
     .await;
 }
+
+/// A search that does not show all conversations says so, however many agents it matches.
+#[tokio::test]
+async fn search_that_matches_many_agents() {
+    run_test(async |t| {
+        let many = "
+            WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 21)
+            INSERT INTO advisors (epoch, bigchat_id, name, email)
+                SELECT 1, 100 + i, 'Ann ' || i, printf('ann%02d@x.test', i) FROM n;
+            INSERT INTO agents (email, agent_id)
+                SELECT email, printf('00000000-0000-0000-0000-%012d', bigchat_id) FROM advisors WHERE bigchat_id > 100;
+            INSERT INTO conversations (epoch, bigchat_id, details, external_id, first_advisor, chat_agent)
+                SELECT 1, bigchat_id, 'read', bigchat_id, bigchat_id, printf('00000000-0000-0000-0000-%012d', bigchat_id)
+                FROM advisors WHERE bigchat_id > 100;";
+        let console = Console::over(t, many).await;
+        let (_, found) = console.get("/api/search?q=ann").await;
+        let shown = found["conversations"].as_array().expect("a list").len();
+        assert!(
+            shown == 21 || found["more"] == true,
+            "{shown} of 21, more: {}",
+            found["more"]
+        );
+        console.daemon.stop().await;
+    })
+    .await;
+}
