@@ -389,11 +389,18 @@ fn without_agent(connection: &Connection) -> Result<Vec<WithoutAgent>> {
     let mut all = Vec::new();
     for denied in [Denial::Advisor, Denial::Agent] {
         let mut statement = connection.prepare_cached(
-            "SELECT bigchat_id, count(*) OVER () FROM denials
-             WHERE what = ?1 AND count >= ?2 AND epoch = (SELECT max(id) FROM epochs) ORDER BY bigchat_id LIMIT ?3",
+            // OurAPI is asked once for an address, which may be that of other advisors, and of advisors of earlier epochs.
+            "SELECT bigchat_id, count(*) OVER () FROM (
+                SELECT bigchat_id FROM denials
+                WHERE what = ?1 AND count >= ?2 AND epoch = (SELECT max(id) FROM epochs)
+                UNION
+                SELECT v.bigchat_id FROM advisors v JOIN agents a ON a.email = v.email
+                WHERE ?1 = ?4 AND v.epoch = (SELECT max(id) FROM epochs) AND a.agent_id IS NULL)
+             ORDER BY bigchat_id LIMIT ?3",
         )?;
         let (mut count, mut advisors) = (0, Vec::new());
-        let mut rows = statement.query(params![denied, BELIEVED_DENIALS, ADVISORS])?;
+        let mut rows =
+            statement.query(params![denied, BELIEVED_DENIALS, ADVISORS, Denial::Agent])?;
         while let Some(row) = rows.next()? {
             advisors.push(row.get(0)?);
             count = unsigned(row, 1)?;

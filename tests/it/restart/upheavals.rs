@@ -750,3 +750,39 @@ async fn restart_before_conversation_1_is_known() {
     })
     .await;
 }
+
+/// `status` lists an advisor whose agent OurAPI does not accept after a restart of BigChat, too, or if another advisor
+/// has the same address.
+#[tokio::test]
+async fn refused_agent_is_listed_in_each_epoch() {
+    side_by_side([false, true], async |restarts| {
+        run_test(async |t| {
+            t.differs("OurAPI does not accept the agent");
+            t.our_api.upset("POST /agents", status(422).always());
+            t.start();
+            t.delivers([start(42, 0)]).await;
+            let (shown, _) = t.status();
+            assert_eq!(
+                shown["without_agent"][0]["advisors"],
+                serde_json::json!([7])
+            );
+            if restarts {
+                t.bigchat.clock(700);
+                t.bigchat.restarts(42, 695);
+                t.delivers([start(42, 695)]).await;
+                assert_eq!(t.restarts(), 1);
+            } else {
+                t.bigchat.advisor(8, "Ann", "ann@x.test");
+                t.bigchat.open(44, 5, 8);
+                t.delivers([start(44, 5)]).await;
+            }
+            assert!(t.our_api.chats()[1].ends_with(" - -"), "it has no agent");
+            let expected = if restarts { vec![7] } else { vec![7, 8] };
+            let (shown, _) = t.status();
+            let listed = &shown["without_agent"][0]["advisors"];
+            assert_eq!(*listed, serde_json::json!(expected), "restarts: {restarts}");
+        })
+        .await;
+    })
+    .await;
+}
