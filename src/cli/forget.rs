@@ -73,13 +73,16 @@ fn text(id: i64, epoch: Epoch, forgotten: Forgotten, row: Option<&ConversationRo
             events + unparsed
         ),
     };
-    if let Some((external_id, chat)) =
-        row.and_then(|row| row.external_id.as_ref().zip(row.chat_id.as_ref()))
-    {
-        text += &format!(
+    text += &match row.map(|row| (&row.external_id, &row.chat_id)) {
+        Some((Some(external_id), Some(chat))) => format!(
             "OurAPI still has its chat {external_id} (id {chat}) with all messages; erase it there\n"
-        );
-    }
+        ),
+        // Its creation may have succeeded, or it was believed lost.
+        Some((Some(external_id), None)) => format!(
+            "OurAPI may have its chat {external_id}; look for this external id, and erase the chat there\n"
+        ),
+        _ => String::new(),
+    };
     text += "backups of the database, and logs written with --log-message-text, still contain the text\n";
     text
 }

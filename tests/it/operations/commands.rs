@@ -866,3 +866,27 @@ async fn conversation_that_no_advisor_has_taken() {
     })
     .await;
 }
+
+/// A chat that was believed lost may still be there, with all its messages: `forget` names it.
+#[tokio::test]
+async fn forgotten_conversation_whose_chat_seemed_lost() {
+    run_test(async |t| {
+        t.differs("the conversation is forgotten");
+        t.start();
+        t.delivers([start(42, 0), message(42, 5, "S3cret")]).await;
+        // For a moment OurAPI does not show the chat (a restore, a replica), and then it is down.
+        t.our_api.upset("POST /chats/{id}/messages", status(404));
+        t.our_api.upset("GET /chats", status(200).body("[]"));
+        t.our_api.upset("POST /chats", status(500).always());
+        t.bigchat.reports([message(42, 6, "again")]);
+        until("the chat is created again", async || {
+            t.our_api.count("POST /chats") > 1
+        })
+        .await;
+        assert_eq!(t.our_api.messages(), ["S3cret"], "OurAPI has the chat");
+        let text = done(t, &["forget", "42", "--yes"]);
+        t.calm();
+        assert!(text.contains("chat 42"), "{text}");
+    })
+    .await;
+}
