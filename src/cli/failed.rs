@@ -311,8 +311,12 @@ fn show(shown: &Shown) -> String {
         ("failed at", event.failed_at.to_string()),
     ];
     if let Some(at) = event.discarded_at {
-        let undo = format!("{at}; `bigchat-sync failed undo {}` reopens it", event.id);
-        lines.push(("discarded at", undo));
+        let discarded = match (event.conversation, &event.data) {
+            // Nothing else identifies an event that could not be parsed.
+            (None, None) => format!("{at}; its text was erased"),
+            _ => format!("{at}; `bigchat-sync failed undo {}` reopens it", event.id),
+        };
+        lines.push(("discarded at", discarded));
     }
     lines.extend([
         ("attempts", event.attempts.to_string()),

@@ -890,3 +890,25 @@ async fn forgotten_conversation_whose_chat_seemed_lost() {
     })
     .await;
 }
+
+/// An event that could not be parsed and was erased cannot be reopened, and `failed show` does not claim that.
+#[tokio::test]
+async fn erased_unparsable_event_is_shown() {
+    run_test(async |t| {
+        t.differs("the event cannot be parsed");
+        t.start();
+        t.bigchat
+            .reports([json!({"conversation_id": 42, "event_name": "NOTE", "event_at": 1_795_384_810, "data": "S3cret"})]);
+        t.until_events("failed", 1).await;
+        until("the window is read", async || {
+            t.value::<i64>("SELECT count(*) FROM inbox") == 0
+        })
+        .await;
+        done(t, &["forget", "42", "--yes"]);
+        let undo = command(t, &["failed", "undo", "1"]);
+        assert!(!undo.status.success(), "nothing is left to reopen");
+        let text = done(t, &["failed", "show", "1"]);
+        assert!(!text.contains("reopens it"), "{text}");
+    })
+    .await;
+}
