@@ -38,7 +38,7 @@ pub struct Status {
     pub version: &'static str,
     /// This machine's clock.
     pub now: Millis,
-    /// Whether a daemon is using the database.
+    /// Whether a daemon, or a command in its place, is using the database.
     pub daemon_runs: bool,
     /// Whether there is no problem.
     pub healthy: bool,

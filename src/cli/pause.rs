@@ -23,7 +23,8 @@ pub fn pause(args: &Args, db: &Path) -> Result<String, CommandError> {
     let pause = Pause::begin(args.length, Millis::now());
     store.set_pause(pause)?;
     let daemon = match store.is_in_use() {
-        true => "polling continues",
+        // `verify` may be in its place, and does not poll.
+        true => "a running daemon continues to poll",
         false => "no daemon is running; the pause applies when one starts",
     };
     Ok(format!("deliveries are {pause}; {daemon}\n"))

@@ -72,7 +72,8 @@ impl Text<'_> {
             .push(format!("bigchat-sync {version} on {path} ({size:.1} MB)"));
         self.lines.push(String::new());
         let daemon = match daemon_runs {
-            true => "running",
+            // The lock of the database is all there is to go by.
+            true => "running, or `verify` is in its place",
             false => "not running",
         };
         self.line("daemon", daemon);

@@ -4,14 +4,14 @@ use std::fs::File;
 use std::time::Duration;
 
 use bigchat_sync::settings::Tokens;
-use bigchat_sync::simulator::event::message;
+use bigchat_sync::simulator::event::{message, start};
 use bigchat_sync::simulator::fault::{paused, status};
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
 use crate::harness::process::{Process, printed};
 use crate::harness::web::{client, sent};
-use crate::harness::{Bench, Test, run_live_test, until};
+use crate::harness::{Bench, Test, run_live_test, run_test, until};
 
 /// Runs a command to its end, and returns its exit code and what it printed.
 fn command(t: &Bench, name: &str, arguments: &[&str]) -> (Option<i32>, String) {
@@ -58,7 +58,10 @@ async fn paused_daemon_polls_and_sends_nothing() {
         daemon.until_logged_times("OurAPI is down", 1).await;
 
         let text = pause(t, &["--for", "1h"]);
-        assert!(text.contains("polling continues"), "{text}");
+        assert!(
+            text.contains("a running daemon continues to poll"),
+            "{text}"
+        );
         let asked = until_paused(t, &daemon).await;
         t.bigchat
             .reports([message(11, now - 3, "during the pause")]);
@@ -261,6 +264,28 @@ async fn paused_daemon_releases_the_lock() {
         drop(lock);
         resume(t);
         t.until_events("delivered", 1).await;
+    })
+    .await;
+}
+
+/// A `verify` that has taken the daemon's place does not poll.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pause_during_a_verification_without_a_daemon() {
+    run_test(async |t| {
+        t.bigchat.reports([start(42, 0), message(42, 1, "hello")]);
+        t.once().await;
+        t.our_api.upset("GET /chats", paused());
+        let verify = Process::start_as(t, t.program("verify"));
+        until("the verification", async || t.our_api.pausing() == 1).await;
+        let polls = t.bigchat.polls();
+        let (_, text) = command(t, "pause", &[]);
+        assert_eq!(t.bigchat.polls(), polls);
+        let (_, status) = command(t, "status", &[]);
+        command(t, "resume", &[]);
+        t.our_api.resume();
+        verify.ended().await;
+        assert!(!text.contains("polling continues"), "{text}");
+        assert!(status.contains("or `verify` is in its place"), "{status}");
     })
     .await;
 }
