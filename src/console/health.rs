@@ -107,7 +107,7 @@ fn of_daemon(now: &mut Now, console: &Console) {
     );
     now.gauges(
         "breaker_open",
-        "Whether the API's circuit breaker is open, so that one request at a time probes it",
+        "Whether the API counts as down: probes failed after its circuit breaker had opened",
         "api",
         apis.iter().map(|(name, api)| (*name, flag(api.is_down()))),
     );
