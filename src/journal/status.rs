@@ -389,7 +389,7 @@ fn without_agent(connection: &Connection) -> Result<Vec<WithoutAgent>> {
     let mut all = Vec::new();
     for denied in [Denial::Advisor, Denial::Agent] {
         let mut statement = connection.prepare_cached(
-            // OurAPI is asked once for an address, which may be that of other advisors, and of advisors of earlier epochs.
+            // OurAPI is asked once for an address, which several advisors may have, also in different epochs.
             "SELECT bigchat_id, count(*) OVER () FROM (
                 SELECT bigchat_id FROM denials
                 WHERE what = ?1 AND count >= ?2 AND epoch = (SELECT max(id) FROM epochs)

@@ -1,8 +1,8 @@
 //! What the console shows of the journal besides the figures, one page at a time.
 //!
-//! Each query of the console uses an index and ends after a fixed number of rows, whatever the size of the journal; only
-//! a conversation's failed and discarded events are counted. Large texts are truncated. A page ends with the key after
-//! which the next one begins, so that no rows are skipped.
+//! Each query of the console uses an index and ends after a fixed number of rows, whatever the size of the journal;
+//! only a conversation's failed and discarded events are counted. Large texts are truncated. A page ends with the key
+//! after which the next one begins, so that no rows are skipped.
 
 mod rows;
 pub(super) mod says;
@@ -307,8 +307,8 @@ const BY_AGENT: &str =
 const EVENT: &str = "SELECT e.id, e.kind, c.bigchat_id, e.conversation
     FROM events e LEFT JOIN conversations c ON c.id = e.conversation WHERE e.id = ?1";
 
-/// There are few agents, so a scan is cheap, and so is a query for the conversations of each. Several addresses may have
-/// the same agent.
+/// There are few agents, so a scan is cheap, and so is a query for the conversations of each. Several addresses may
+/// have the same agent.
 const BY_NAME_OR_EMAIL: &str = "SELECT DISTINCT agent_id FROM agents
     WHERE agent_id IS NOT NULL AND (email LIKE ?1 ESCAPE '\\'
         OR email IN (SELECT email FROM advisors
