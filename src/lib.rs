@@ -15,8 +15,8 @@
 //! - [`delivery`] hands out due conversations, sends the difference, and commits the conversation's *offset*. Every
 //!   event up to the offset has been delivered, unless there is a *dead letter* for it, or it is to be sent again.
 //! - [`bigchat`] and [`our_api`] are the clients. [`http`] sends their requests, and tracks whether each API is up.
-//! - [`daemon`] builds, runs and stops all of these. [`console`] serves HTTP, [`cli`] has a file for each command,
-//!   [`metrics`] has the counters, and [`telemetry`] the log and the liveness checks.
+//! - [`daemon`] builds, runs and stops all of these. [`console`] serves HTTP, [`cli`] has the commands,
+//!   [`metrics`] the counters, and [`telemetry`] the log and the liveness checks.
 //!
 //! [`simulator`] stands in for both services, and [`demo`] shows the daemon at work between them.
 //!

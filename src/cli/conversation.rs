@@ -194,13 +194,17 @@ fn fate(event: &EventRow) -> String {
             };
             format!("{effect} at {at}")
         }
-        (EventState::Waiting, 0) => "not tried yet".to_owned(),
+        (EventState::Waiting, _) if reason.is_empty() => "not tried yet".to_owned(),
         (EventState::Waiting, attempts) => {
-            let attempts = counted(attempts, "failed attempt");
+            let attempts = match attempts {
+                // A denial does not count as a failed attempt.
+                0 => String::new(),
+                _ => format!("{}, the last one: ", counted(attempts, "failed attempt")),
+            };
             let next = event
                 .next_at
                 .map_or_else(String::new, |at| format!("; next at {at}"));
-            format!("{attempts}, the last one: {reason}{next}")
+            format!("{attempts}{reason}{next}")
         }
         (EventState::Failed, _) => format!("at {at}: {reason}"),
         (EventState::Discarded, _) => format!("at {at}"),

@@ -72,8 +72,7 @@ impl Text<'_> {
             .push(format!("bigchat-sync {version} on {path} ({size:.1} MB)"));
         self.lines.push(String::new());
         let daemon = match daemon_runs {
-            // The lock of the database is all there is to go by.
-            true => "running, or `verify` is in its place",
+            true => "running",
             false => "not running",
         };
         self.line("daemon", daemon);

@@ -168,7 +168,7 @@ export const event = {
               ["Conversation", event.conversation === null ? null : event.conversation_key === null ? String(event.conversation) : conversation(event.conversation_key, event.conversation)],
               ["Happened", event.event_at === null ? null : at(event.event_at)],
               ["Received", at(event.received_at)],
-              ["Tried", event.attempts === 0 ? "never" : some(event.attempts, "time")],
+              ["Failed attempts", count(event.attempts)],
               ["Chat", event.chat_id && copyable(event.chat_id)],
               ["May exist in OurAPI", event.outcome_unknown && "yes: the chat is read before the event is sent again"],
             ]),

@@ -173,7 +173,7 @@ function fate(event) {
     case "delivered":
       return el("span.fine", null, icon("check"), SENT[event.effect] ?? "delivered", " ", at(event.state_since), el("span.muted", null, `, ${lasting(Math.max(0, event.state_since - event.received_at))} after it was received`));
     case "waiting":
-      return el("span.wait", null, icon("clock"), event.reason ? `waiting after ${some(event.attempts, "failure")}: ${event.reason}` : ["waiting, received ", ago(event.received_at)], event.next_at > now() && `; next attempt in ${lasting(event.next_at - now())}`);
+      return el("span.wait", null, icon("clock"), event.reason ? `waiting${event.attempts > 0 ? ` after ${some(event.attempts, "failure")}` : ""}: ${event.reason}` : ["waiting, received ", ago(event.received_at)], event.next_at > now() && `; next attempt in ${lasting(event.next_at - now())}`);
     case "failed":
       return el("a.bad", { href: `#/failed/${event.id}` }, icon("cross"), `failed: ${event.reason}`);
     case "forgotten":

@@ -867,6 +867,30 @@ async fn conversation_that_no_advisor_has_taken() {
     .await;
 }
 
+/// A denial is the reason for which an event waits, although it is no failed attempt.
+#[tokio::test]
+async fn denied_conversation_says_why_it_waits() {
+    run_test(async |t| {
+        t.set("--poll-interval", "1h");
+        t.bigchat.reports([message(42, 5, "Hello")]);
+        t.bigchat
+            .upset("GET /conversations/42", status(404).always());
+        t.start();
+        t.until_polled().await;
+        until("the denial is recorded", async || {
+            t.value::<i64>("SELECT count(*) FROM attempts") == 1
+        })
+        .await;
+        let text = done(t, &["conversation", "42"]);
+        assert!(!text.contains("not tried yet"), "{text}");
+        assert!(
+            text.contains("waiting  BigChat denied the request"),
+            "{text}"
+        );
+    })
+    .await;
+}
+
 /// A chat that was believed lost may still be there, with all its messages: `forget` names it.
 #[tokio::test]
 async fn forgotten_conversation_whose_chat_seemed_lost() {
