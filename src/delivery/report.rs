@@ -23,6 +23,8 @@ pub(super) struct Reporter {
     writes: Writes,
     /// Failed reads of chats without waiting events.
     failed_reads: HashMap<ConversationId, u32>,
+    /// Failed changes of chats without waiting events.
+    failed_changes: HashMap<ConversationId, Attempts>,
 }
 
 impl Reporter {
@@ -32,6 +34,7 @@ impl Reporter {
             delivery,
             writes,
             failed_reads: HashMap::new(),
+            failed_changes: HashMap::new(),
         }
     }
 
@@ -90,6 +93,9 @@ impl Reporter {
             Some(stopped) if stopped.error.is_withheld() => report.due = Due::At(now),
             Some(stopped) => match stopped.at.and_then(|at| find(&events, at)) {
                 Some(event) => self.event_failed(&mut report, &events, event, &stopped, now),
+                None if stopped.step == Step::ChangingChat => {
+                    self.change_failed(&mut report, &stopped.error, now);
+                }
                 None => self.chat_failed(&mut report, &stopped, now),
             },
         }
@@ -110,10 +116,15 @@ impl Reporter {
         report
     }
 
-    /// Ends the count of failed reads if the chat was read. A claim with nothing to do does not count as a read.
+    /// Ends the count of failed reads if the chat was read, and that of failed changes if it was changed. A claim with
+    /// nothing to do does not count as a read, and a read does not count as a change.
     fn nothing_failed(&mut self, report: &Report) {
+        let id = report.conversation.id;
         if report.observation != Observation::None || report.found.is_some() {
-            self.failed_reads.remove(&report.conversation.id);
+            self.failed_reads.remove(&id);
+        }
+        if report.verify.is_none() && !matches!(report.observation, Observation::Read(_)) {
+            self.failed_changes.remove(&id);
         }
     }
 
@@ -183,6 +194,38 @@ impl Reporter {
         }
     }
 
+    /// Handles a failed change that no waiting event requests. A change that fails again and again while other chats
+    /// are changed is given up, as if OurAPI had rejected it. The creation of a lost chat is never given up, so its
+    /// failures do not count.
+    fn change_failed(&mut self, report: &mut Report, error: &AttemptError, now: Millis) {
+        let conversation = &report.conversation;
+        let (id, chat) = (conversation.id, conversation.observed.chat);
+        let mut before = self.failed_changes.remove(&id).unwrap_or_default();
+        if chat.is_none() {
+            before.writes_then = None;
+        }
+        let failure = error.logged();
+        match self.outcome(id, before, error, now) {
+            Outcome::Retry {
+                attempts, next_at, ..
+            } => {
+                log_at!(
+                    before.failed == 0 && !self.is_logged_otherwise(error),
+                    conversation = conversation.bigchat_id, chat = chat.map(tracing::field::display),
+                    reason = %failure.reason, request = %failure.request, response = %failure.response,
+                    "a chat could not be changed; it will be retried"
+                );
+                report.due = Due::At(next_at);
+                self.failed_changes.insert(id, attempts);
+            }
+            _ => tracing::warn!(
+                conversation = conversation.bigchat_id, chat = chat.map(tracing::field::display),
+                reason = %failure.reason, request = %failure.request, response = %failure.response,
+                "a change to a chat failed again while others got through; the chat is not changed until the conversation's next event or verification"
+            ),
+        }
+    }
+
     /// The chat's messages cannot be compared, so only its fields are verified.
     fn verified_by_fields(&self, report: &mut Report) {
         lock(&self.delivery.unreadable).insert(report.conversation.id);
@@ -227,7 +270,7 @@ impl Reporter {
         error: &AttemptError,
         now: Millis,
     ) -> Outcome {
-        let outcome = self.outcome(conversation.id, event, error, now);
+        let outcome = self.outcome(conversation.id, event.attempts, error, now);
         let (Outcome::Retry { attempts, .. } | Outcome::DeadLetter { attempts, .. }) = &outcome
         else {
             return outcome;
@@ -275,7 +318,7 @@ impl Reporter {
     fn outcome(
         &self,
         conversation: ConversationId,
-        event: &Pending,
+        before: Attempts,
         error: &AttemptError,
         now: Millis,
     ) -> Outcome {
@@ -290,7 +333,7 @@ impl Reporter {
             fraction: rand::random(),
         };
         attempts::outcome(
-            event.attempts,
+            before,
             error,
             conversation,
             &self.writes,

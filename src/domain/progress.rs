@@ -170,7 +170,7 @@ named! {
         DeadLetter = "an event could not be sent again; see `bigchat-sync failed list`",
         Kept = "no TRANSFER names the agent, so the agent that was found is kept",
         Waiting = "an event of the conversation waits for its next attempt, and the repair with it",
-        Rejected = "OurAPI rejects the change",
+        Rejected = "OurAPI rejects the change, or fails to make it",
     }
 }
 

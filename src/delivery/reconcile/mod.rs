@@ -278,7 +278,7 @@ impl Reconciliation {
         tracing::warn!(
             conversation = self.conversation.bigchat_id, chat = self.logged_chat(),
             reason = %failure.reason, request = %failure.request, response = %failure.response,
-            "OurAPI rejects a change to a chat; the chat is not changed until the conversation's next event"
+            "OurAPI rejects a change to a chat; the chat is not changed until the conversation's next event or verification"
         );
     }
 

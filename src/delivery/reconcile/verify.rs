@@ -141,14 +141,17 @@ impl Reconciliation {
         // A write of the daemon that was carried out is not drift.
         let unknown = self.unknown_if_stale();
         let (merged, mut drift) = self.merged(found, unknown).await?;
+        // An end whose loss was noticed, but that could not be written again, is still missing.
+        let ended_at = observed.ended_at.max(self.conversation.desired.ended_at);
         let missing = Missing {
-            ended_at: observed.ended_at.is_some() && found.ended_at.is_none(),
+            ended_at: ended_at.is_some() && found.ended_at.is_none(),
             agent: self
                 .agent_is_gone(verify.verification, found.agent_id)
                 .await?,
             ..Missing::default()
         };
         let recorded = Observed {
+            ended_at,
             agent: self.recorded_agent(drift).await?,
             ..observed.clone()
         };

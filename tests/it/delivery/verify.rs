@@ -640,3 +640,40 @@ async fn invalid_event_and_a_command() {
     })
     .await;
 }
+
+/// A chat whose change always fails, while others get through, is tried less and less often, and does not keep
+/// `verify --repair` from ending. The next repair tries again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn field_repair_that_always_fails() {
+    run_live_test(async |t| {
+        delivered(t).await;
+        t.set("--max-attempts", "3")
+            .set("--retry-initial", "50ms")
+            .set("--retry-max", "60s");
+        t.start();
+        t.our_api.is_changed("12", &json!({"ended_at": null})).await;
+        let before = t.our_api.count("PATCH");
+        t.our_api.upset("PATCH", status(500).always());
+        let repaired =
+            async { tokio::time::timeout(Duration::from_secs(15), verify(t, &["--repair"])).await };
+        let others = async {
+            for other in 0.. {
+                t.bigchat
+                    .reports([message(11, t.now(), &format!("meanwhile {other}"))]);
+                t.bigchat.further_polls(1).await;
+            }
+        };
+        let repaired = tokio::select! {
+            repaired = repaired => repaired,
+            () = others => unreachable!("it has no end"),
+        };
+        let patches = t.our_api.count("PATCH") - before;
+        let (output, _) = repaired.unwrap_or_else(|_| panic!("no end after {patches} attempts"));
+        assert!(output.contains("fails to make it"), "{output}");
+        assert!(patches < 20, "{patches} attempts");
+        t.our_api.calm();
+        let (output, _) = verify(t, &["--repair"]).await;
+        assert!(output.contains("everything was repaired"), "{output}");
+    })
+    .await;
+}
