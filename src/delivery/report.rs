@@ -183,15 +183,15 @@ impl Reporter {
                     ..VerificationResult::default()
                 });
                 report.due = Due::IfWaiting;
-                self.failed_reads.remove(&report.conversation.id);
             }
             None if is_comparing => {
                 // No message has an unknown outcome.
                 report.due = Due::IfWaiting;
                 self.verified_by_fields(report);
             }
-            None => {}
+            None => return,
         }
+        self.failed_reads.remove(&report.conversation.id);
     }
 
     /// Handles a failed change that no waiting event requests. A change that fails again and again while other chats

@@ -357,3 +357,48 @@ async fn chat_vanishes_after_its_creation() {
     })
     .await;
 }
+
+/// A chat that could not be read after one loss is read as often as any other after the next.
+#[tokio::test]
+async fn failed_read_after_an_earlier_unreadable_chat() {
+    run_test(async |t| {
+        t.set("--max-attempts", "3")
+            .set("--retry-max", "40ms")
+            .set("--verify-every", "off");
+        t.start();
+        t.delivers([start(42, 0), start(43, 1), message(42, 5, "hello")])
+            .await;
+        let is_verified = |losses: i64| {
+            t.value::<i64>(&format!(
+                "SELECT count(*) FROM conversations WHERE verified_losses >= {losses} AND due_at IS NULL"
+            )) == 2
+        };
+        let read = "GET /chats/c1/messages";
+        t.our_api.upset(read, status(500).always());
+        t.our_api.loses_chat("43");
+        t.bigchat.reports([message(43, 10, "are you there?")]);
+        let mut others = 0;
+        until("it is given up", async || {
+            others += 1;
+            t.bigchat.reports([message(43, 20 + others, "meanwhile")]);
+            t.bigchat.further_polls(1).await;
+            is_verified(1)
+        })
+        .await;
+        t.until_events("waiting", 0).await;
+        t.our_api.calm();
+        let before = t.our_api.count(read);
+        // It can be read again, and has lost a message.
+        t.our_api.loses_message("42");
+        t.our_api.upset(read, status(500));
+        t.our_api.loses_chat("43");
+        t.bigchat.reports([message(43, 11, "and now?")]);
+        until("it is read again", async || is_verified(2)).await;
+        assert!(
+            t.our_api.messages().contains(&"hello".to_owned()),
+            "the message is not restored: {} reads",
+            t.our_api.count(read) - before
+        );
+    })
+    .await;
+}
