@@ -304,8 +304,10 @@ fn commit_outcome(
             if outcome.had_failed {
                 transaction
                     .prepare_cached(
-                        // A change delivered ahead of the offset counts as waiting until the offset passes it.
-                        "UPDATE attempts SET next_at = NULL, outcome_unknown = 0, retried_at = iif(?2, NULL, retried_at)
+                        // A change delivered ahead of the offset counts as waiting until the offset passes it. If the
+                        // event is lost and sent again, its earlier failures do not count.
+                        "UPDATE attempts SET next_at = NULL, counted = 0, writes_then = NULL, outcome_unknown = 0,
+                            retried_at = iif(?2, NULL, retried_at)
                          WHERE event = ?1",
                     )?
                     .execute(params![event, redelivery || event <= offset])?;

@@ -429,7 +429,11 @@ impl Plain {
         match &outcome.outcome {
             Outcome::Delivered(_) if event.attempts == Attempts::default() => {}
             Outcome::Delivered(_) => {
-                (event.attempts.outcome_unknown, event.next_at) = (false, None);
+                let attempts = Attempts {
+                    failed: event.attempts.failed,
+                    ..Attempts::default()
+                };
+                (event.attempts, event.next_at) = (attempts, None);
             }
             Outcome::Retry {
                 attempts, next_at, ..

@@ -402,3 +402,53 @@ async fn failed_read_after_an_earlier_unreadable_chat() {
     })
     .await;
 }
+
+/// The failures before an event was delivered do not count when it is sent again after a loss.
+#[tokio::test]
+async fn failures_before_a_loss_do_not_count_after_it() {
+    run_live_test(async |t| {
+        t.set("--retry-max", "40ms");
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        t.bigchat.open(11, now - 100, 2);
+        t.start();
+        t.delivers([message(10, now - 9, "one"), message(11, now - 9, "one")])
+            .await;
+        let mut others = 0;
+        let mut meanwhile = async || {
+            others += 1;
+            t.bigchat
+                .reports([message(11, now, &format!("meanwhile {others}"))]);
+            t.bigchat.further_polls(1).await;
+        };
+        // It fails several times, and is delivered.
+        t.our_api
+            .upset("POST /chats/*/messages*difficult", status(500).always());
+        t.bigchat.reports([message(10, now - 5, "difficult")]);
+        let counted = || t.value::<Option<i64>>("SELECT max(counted) FROM attempts");
+        until("failures count", async || {
+            meanwhile().await;
+            counted() >= Some(5)
+        })
+        .await;
+        t.our_api.calm();
+        t.until_events("waiting", 0).await;
+        // It fails once more after a loss.
+        t.our_api.loses_chat("10");
+        t.our_api
+            .upset("POST /chats/*/messages*difficult", status(500));
+        t.bigchat.reports([message(10, now - 4, "are you there?")]);
+        until("it is sent again", async || {
+            meanwhile().await;
+            t.our_api.unmet().is_empty() && t.losses() == 1
+        })
+        .await;
+        t.until_events("waiting", 0).await;
+        assert_eq!(
+            (t.events("failed"), counted()),
+            (0, Some(0)),
+            "it has failed once"
+        );
+    })
+    .await;
+}
