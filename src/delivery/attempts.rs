@@ -138,8 +138,9 @@ impl AttemptError {
                 (Api::BigChat, _) => !bigchat_is_failing,
                 (Api::OurApi, _) => true,
             },
+            // A row that is needed for the event.
+            Self::Journal(JournalError::InvalidRow(_)) | Self::Panicked => true,
             Self::Journal(_) | Self::DataLost(_) => false,
-            Self::Panicked => true,
         }
     }
 }
@@ -337,6 +338,7 @@ mod tests {
             after.counted - before.counted
         };
         let fails = write(UNKNOWN);
+        let invalid_row = AttemptError::Journal(JournalError::InvalidRow("kind".into()));
         assert_eq!(counted(&fails, &writes, false), 0, "no other write");
         writes.record(TWO, 1);
         for (error, counts, while_bigchat_is_failing) in [
@@ -353,6 +355,7 @@ mod tests {
             (read(Api::BigChat, ErrorKind::Denied), 0, 0),
             (read(Api::OurApi, ErrorKind::Denied), 0, 0),
             (AttemptError::Journal(JournalError::Closed), 0, 0),
+            (invalid_row, 1, 1),
             (AttemptError::DataLost("its chat is gone"), 0, 0),
         ] {
             assert_eq!(counted(&error, &writes, false), counts, "{error:?}");

@@ -138,7 +138,9 @@ impl Reporter {
         now: Millis,
     ) {
         let conversation = &report.conversation;
-        if let AttemptError::Journal(error) = &stopped.error {
+        if let AttemptError::Journal(error) = &stopped.error
+            && error.is_transient()
+        {
             // This does not count as an attempt of the event.
             tracing::error!(
                 conversation = conversation.bigchat_id, event = event.id.0, kind = %event.payload.kind(),

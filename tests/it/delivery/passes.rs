@@ -969,3 +969,33 @@ async fn denied_conversation_has_its_start_after_the_next_pass() {
         .await;
     }
 }
+
+/// A message of unknown outcome does not wait without end because an event of its chat is invalid in the database.
+#[tokio::test]
+async fn invalid_event_and_an_unknown_outcome() {
+    run_test(async |t| {
+        t.differs("one row is invalid");
+        t.set("--max-attempts", "2").set("--retry-max", "40ms");
+        t.start();
+        t.delivers([start(42, 0), start(43, 1), message(42, 5, "hello")])
+            .await;
+        t.execute("UPDATE events SET data = '{}' WHERE kind = 'MESSAGE'");
+        t.our_api.upset("POST /chats/c1/messages", dropped());
+        t.bigchat.reports([message(42, 6, "goodbye")]);
+        let began = Instant::now();
+        let mut others = 0;
+        until("it is delivered or fails", async || {
+            others += 1;
+            t.bigchat.reports([message(43, 10 + others, "meanwhile")]);
+            t.bigchat.further_polls(1).await;
+            t.count_events("conversation = (SELECT id FROM conversations WHERE bigchat_id = 42) AND state = 'waiting'") == 0
+                || began.elapsed() > Duration::from_secs(15)
+        })
+        .await;
+        assert!(
+            began.elapsed() < Duration::from_secs(15),
+            "it waits without end"
+        );
+    })
+    .await;
+}
