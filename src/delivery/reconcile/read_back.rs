@@ -1,14 +1,17 @@
 //! The remedy for a stale conversation: the chat is read back, and its messages are accounted for.
 
+use tokio::time::sleep;
 use tracing::field::{DisplayValue, display};
 use uuid::Uuid;
 
+use super::verify::LAG;
 use super::{Reconciliation, Step, Stopped};
 use crate::delivery::attempts::AttemptError;
 use crate::domain::account::{self, MessageKey, MessageState, Recorded};
 use crate::domain::conversation::{Conversation, FieldSet, Observed, Pending};
 use crate::domain::ids::{AdvisorId, EventId};
 use crate::domain::progress::{Missing, Observation};
+use crate::http::{Api, ApiError, ErrorKind};
 use crate::our_api::{self, Message};
 
 /// When the chat's messages have to be read.
@@ -269,8 +272,17 @@ impl Reconciliation {
             self.observation = Observation::Read(None);
             return Ok(());
         }
-        let held = self.held(chat, self.first_outcome_unknown()).await?;
+        let at = self.first_outcome_unknown();
+        let held = self.held(chat, at).await?;
         let mut accounting = account::account(held, &recorded);
+        if !accounting.missing.is_empty() {
+            let failed = |error| Stopped::at(at, error).during(Step::ComparingMessages);
+            if self.was_just_delivered().await.map_err(failed)? {
+                self.await_reads().await.map_err(failed)?;
+                let held = self.held(chat, at).await?;
+                accounting = account::account(held, &recorded);
+            }
+        }
         if !self.rebuilds() {
             let missing = Missing {
                 messages: count(&accounting.missing),
@@ -288,6 +300,17 @@ impl Reconciliation {
         }
         self.observation = Observation::Read(Some(accounting));
         Ok(())
+    }
+
+    /// Waits until reads show what was delivered. If the daemon is stopped meanwhile, the chat stays stale.
+    async fn await_reads(&self) -> Result<(), AttemptError> {
+        tokio::select! {
+            () = sleep(LAG) => Ok(()),
+            () = self.delivery.stopping.cancelled() => {
+                let why = "the daemon is stopping";
+                Err(ApiError::not_sent(Api::OurApi, ErrorKind::Withheld, why).into())
+            }
+        }
     }
 
     /// The first waiting message that may have been delivered, which is the reason for reading the chat.

@@ -19,7 +19,7 @@ use crate::domain::time::Millis;
 use crate::our_api;
 
 /// How long OurAPI's reads may lag behind its writes, if several instances share its data.
-const LAG: Duration = Duration::from_secs(2);
+pub(super) const LAG: Duration = Duration::from_secs(2);
 
 impl Reconciliation {
     /// Compares the chat with the journal, and restores or overwrites as the mode allows.
@@ -87,7 +87,7 @@ impl Reconciliation {
     }
 
     /// Whether an event was delivered so recently that a read may not show it yet.
-    async fn was_just_delivered(&self) -> Result<bool, AttemptError> {
+    pub(super) async fn was_just_delivered(&self) -> Result<bool, AttemptError> {
         let (id, since) = (self.conversation.id, Millis::now().minus(LAG));
         let latest = self
             .delivery

@@ -452,3 +452,23 @@ async fn failures_before_a_loss_do_not_count_after_it() {
     })
     .await;
 }
+
+/// A loss elsewhere does not make a message be sent twice that was just delivered, and that OurAPI does not show yet.
+#[tokio::test]
+async fn reads_that_lag_behind_and_a_loss() {
+    run_test(async |t| {
+        t.start();
+        t.delivers([start(42, 0), start(43, 1), message(42, 5, "hello")])
+            .await;
+        t.our_api.loses_chat("42");
+        t.our_api
+            .upset("GET /chats/c2/messages", status(200).body("[]"));
+        t.bigchat.reports([
+            message(43, 10, "just delivered"),
+            message(42, 11, "are you there?"),
+        ]);
+        t.until_events("waiting", 0).await;
+        t.agrees().await;
+    })
+    .await;
+}
