@@ -248,12 +248,6 @@ impl Observed {
         merged.agent = found.agent;
         (merged, drift)
     }
-
-    /// Records that the chat's agent is gone, so that the desired one is written.
-    pub fn forget_agent(&mut self) {
-        self.agent = None;
-        self.advisor = None;
-    }
 }
 
 /// A waiting event.

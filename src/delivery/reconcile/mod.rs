@@ -366,12 +366,17 @@ impl Reconciliation {
         }
     }
 
-    /// Handles a not-found response for an agent. If the loss is confirmed, the chat has no agent until the agent is
-    /// created again.
+    /// Handles a not-found response for an agent. If the loss is confirmed, the advisor's agent is written again. The
+    /// lost agent stays recorded until then, because a chat that still has it was not changed by another client. Without
+    /// an advisor, the chat has no agent from then on.
     async fn agent_missing(&mut self, agent: Option<Uuid>, error: ApiError) -> AttemptError {
         let error = self.delivery.agents.missing(agent, error).await;
         if matches!(error, AttemptError::DataLost(_)) {
-            self.conversation.observed.forget_agent();
+            let Conversation {
+                desired, observed, ..
+            } = &mut self.conversation;
+            observed.agent = observed.agent.filter(|_| desired.advisor().is_some());
+            observed.advisor = None;
         }
         error
     }

@@ -5,7 +5,7 @@ use crate::harness::services::ADD_MESSAGE;
 use crate::harness::{Bench, run_live_test, run_test, until};
 use bigchat_sync::simulator::compare::Rules;
 use bigchat_sync::simulator::event::{end, message, start, transfer};
-use bigchat_sync::simulator::fault::{crashed, html, status};
+use bigchat_sync::simulator::fault::{crashed, html, paused, status};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -469,6 +469,28 @@ async fn reads_that_lag_behind_and_a_loss() {
         ]);
         t.until_events("waiting", 0).await;
         t.agrees().await;
+    })
+    .await;
+}
+
+/// An agent that OurAPI has lost is not reported as the change of another client.
+#[tokio::test]
+async fn lost_agent_is_no_drift() {
+    run_test(async |t| {
+        t.start();
+        t.delivers([start(42, 0), transfer(42, 2, 8)]).await;
+        t.delivers([transfer(42, 3, 7)]).await;
+        t.our_api.loses_agents();
+        t.our_api.upset("POST /agents", paused());
+        t.bigchat.reports([transfer(42, 5, 8)]);
+        until("the agent is created again", async || {
+            t.our_api.pausing() == 1
+        })
+        .await;
+        let drift = t.value::<Option<String>>("SELECT max(drift) FROM conversations");
+        t.our_api.resume();
+        t.agrees().await;
+        assert_eq!(drift, None, "no other client has changed the chat");
     })
     .await;
 }
