@@ -871,6 +871,7 @@ async fn conversation_that_no_advisor_has_taken() {
 #[tokio::test]
 async fn denied_conversation_says_why_it_waits() {
     run_test(async |t| {
+        t.differs("the conversation is denied");
         t.set("--poll-interval", "1h");
         t.bigchat.reports([message(42, 5, "Hello")]);
         t.bigchat
