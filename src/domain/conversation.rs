@@ -29,6 +29,7 @@ impl Conversation {
     pub fn is_written(&self) -> bool {
         let (desired, observed) = (&self.desired, &self.observed);
         observed.chat.is_some()
+            && observed.started_at.is_some()
             && !self.lacks_start()
             && desired.ended_at <= observed.ended_at
             && (desired.advisor().is_none() || desired.advisor() == observed.advisor)

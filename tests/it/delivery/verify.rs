@@ -495,7 +495,7 @@ async fn changed_agent_without_transfer() {
             .agent_id;
         assert_eq!(agent, other, "no TRANSFER names another");
         assert!(
-            output.contains("chat 10: not completely repaired: no TRANSFER"),
+            output.contains("chat 10: not completely repaired: no event gives"),
             "{output}"
         );
         assert_eq!(t.status().0["drifted"], json!(1));
@@ -674,6 +674,34 @@ async fn field_repair_that_always_fails() {
         t.our_api.calm();
         let (output, _) = verify(t, &["--repair"]).await;
         assert!(output.contains("everything was repaired"), "{output}");
+    })
+    .await;
+}
+
+/// A repair overwrites a start that only events show.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn repair_of_a_start_known_from_events() {
+    run_test(async |t| {
+        // BigChat does not know the conversation: only its events show when it started.
+        t.bigchat.reports([message(99, 10, "hello")]);
+        let daemon = t.start();
+        t.until_events("delivered", 1).await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.chats(), ["99 22:00:10 - -"]);
+        t.our_api
+            .is_changed("99", &json!({"started_at": "2026-11-22T21:00:00Z"}))
+            .await;
+        let (output, _) = verify(t, &["--repair"]).await;
+        assert!(output.contains("everything was repaired"), "{output}");
+        assert_eq!(t.our_api.chats(), ["99 22:00:10 - -"], "{output}");
+        // The event that gave the start is no longer stored.
+        t.execute("UPDATE conversations SET chat_started_at = chat_started_at - 60");
+        let (output, _) = verify(t, &["--repair"]).await;
+        assert!(
+            output.contains("the value that was found is kept"),
+            "{output}"
+        );
+        assert_eq!(t.our_api.chats(), ["99 22:00:10 - -"], "{output}");
     })
     .await;
 }
