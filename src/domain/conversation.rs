@@ -98,7 +98,7 @@ pub struct Observed {
     pub external_id: Option<String>,
     /// `None`: there is no chat yet.
     pub chat: Option<Uuid>,
-    /// Set together with the external id.
+    /// Set together with the external id. `None` again: a repair derives it from the events.
     pub started_at: Option<Timestamp>,
     pub ended_at: Option<Timestamp>,
     pub agent: Option<Uuid>,
