@@ -186,7 +186,7 @@ function lists(data, status) {
                   { "data-key": resolution.id },
                   resolved(resolution),
                   kind(resolution.kind),
-                  el("span.muted", null, el("a", { href: `#/failed/${resolution.event}` }, `#${resolution.event}`), resolution.conversation !== null && [" of ", conversation(resolution.conversation_key, resolution.conversation)], " by ", by(resolution)),
+                  el("span.muted", null, el("a", { href: `#/failed/${resolution.event}` }, `#${resolution.event}`), resolution.conversation !== null && [" in conversation ", conversation(resolution.conversation_key, resolution.conversation)], " by ", by(resolution)),
                   ago(resolution.at),
                 ),
               ),

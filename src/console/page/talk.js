@@ -24,7 +24,7 @@ export const search = {
     }
     return [
       head("Conversations", q ? [`${data.more ? "The first " : ""}${some(found.length, "conversation")} for “${q}”. `, el("a", { href: "#/search" }, "Show the latest")] : "The latest; search for others by id, chat or agent."),
-      data.event && el("p.card", null, kind(data.event.name), " ", el("a", { href: `#/failed/${data.event.id}` }, `Event #${data.event.id}`), data.event.conversation !== null && [" of ", conversation(data.event.conversation_key, data.event.conversation)]),
+      data.event && el("p.card", null, kind(data.event.name), " ", el("a", { href: `#/failed/${data.event.id}` }, `Event #${data.event.id}`), data.event.conversation !== null && [" in conversation ", conversation(data.event.conversation_key, data.event.conversation)]),
       found.length > 0 && el(
         "ul.found.card",
         { "data-list": "conversations" },
