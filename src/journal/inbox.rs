@@ -536,7 +536,7 @@ struct Known {
 }
 
 impl Known {
-    /// The data to store of one of its events.
+    /// The data to store for one of its events.
     fn stored_data(self, event: &Event) -> Option<&str> {
         event.data.as_deref().filter(|_| !self.is_forgotten)
     }

@@ -367,8 +367,8 @@ impl Reconciliation {
     }
 
     /// Handles a not-found response for an agent. If the loss is confirmed, the advisor's agent is written again. The
-    /// lost agent stays recorded until then, because a chat that still has it was not changed by another client. Without
-    /// an advisor, the chat has no agent from then on.
+    /// lost agent stays recorded until then, so that a chat that still has it does not count as changed by another
+    /// client. Without an advisor, the chat has no agent from then on.
     async fn agent_missing(&mut self, agent: Option<Uuid>, error: ApiError) -> AttemptError {
         let error = self.delivery.agents.missing(agent, error).await;
         if matches!(error, AttemptError::DataLost(_)) {
