@@ -33,7 +33,7 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 const BAR: &str = "  {wide_bar:.cyan/dim}  {prefix}\n  {msg}";
 
 /// What to know before fields are repaired.
-const WARNING: &str = "\ndo not repair if this database is an older copy and BigChat reports each event only once: the copy lacks the latest TRANSFERs, and the repair would undo them";
+const WARNING: &str = "\ndo not repair if this database is an older copy and BigChat reports each event only once: the copy lacks the latest TRANSFERs, and the repair may undo them";
 
 /// Maximum number of listed differences.
 const LISTED: u32 = 100;

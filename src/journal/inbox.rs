@@ -410,7 +410,7 @@ impl Store {
         outcome?;
         if unreadable > MAX_UNREADABLE {
             let beyond = unreadable - MAX_UNREADABLE;
-            tracing::error!(events = beyond, query = %page.query, "a page has too many events that cannot be parsed; the rest is not stored");
+            tracing::error!(events = beyond, query = %page.query, "a page has too many events that cannot be parsed; those beyond the limit are not stored");
         }
         transaction
             .prepare_cached("UPDATE inbox SET ingested = 1 WHERE id = ?1")?
