@@ -98,7 +98,7 @@ pub struct Observed {
     pub external_id: Option<String>,
     /// `None`: there is no chat yet.
     pub chat: Option<Uuid>,
-    /// Set together with the external id. `None` again: a repair derives it from the events.
+    /// Set together with the external id. A repair clears it, so that the next write derives it from the events.
     pub started_at: Option<Timestamp>,
     pub ended_at: Option<Timestamp>,
     pub agent: Option<Uuid>,
@@ -268,7 +268,7 @@ pub struct Pending {
 }
 
 impl Pending {
-    /// The key of a message; `None`: it is no message.
+    /// The key of a message; `None`: it is not a message.
     pub fn key(&self) -> Option<MessageKey> {
         let text = self.payload.text()?;
         Some(MessageKey::new(self.at, text))
