@@ -1,4 +1,5 @@
-//! The delay from a page to the first request of its events: with a small journal, and while a large one is pruned.
+//! The delay from the receipt of a page to the first request to OurAPI for its events: with a small journal, and while
+//! a large one is pruned.
 
 use std::path::Path;
 use std::time::Duration;
@@ -22,7 +23,7 @@ pub(crate) fn measure(scale: Scale) {
     let (_directory, db) = large::journal();
     let times = times(&db, CONVERSATIONS + scale.of(1_000));
     row(
-        "a page received → the first request of its events, 99th percentile",
+        "a page received → the first request to OurAPI for its events, 99th percentile",
         &percentiles(&times),
         "≤ 5 ms",
     );

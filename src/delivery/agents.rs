@@ -89,8 +89,9 @@ impl Agents {
         lock(&self.cache).clear();
     }
 
-    /// The agent of an advisor; `None` if BigChat denies the advisor or has restarted since, or if OurAPI denies the
-    /// agent. The next verification pass asks both APIs again, but BigChat only about advisors of the current epoch.
+    /// The agent of an advisor; `None` if BigChat denies the advisor or restarted before it reported the advisor, or if
+    /// OurAPI denies the agent. The next verification pass asks both APIs again, but BigChat only about advisors of the
+    /// current epoch.
     pub(super) async fn resolve(
         &self,
         epoch: Epoch,

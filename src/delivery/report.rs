@@ -212,7 +212,7 @@ impl Reporter {
                 attempts, next_at, ..
             } => {
                 log_at!(
-                    before.failed == 0 && !self.is_logged_otherwise(error),
+                    !self.is_logged_otherwise(error),
                     conversation = conversation.bigchat_id, chat = chat.map(tracing::field::display),
                     reason = %failure.reason, request = %failure.request, response = %failure.response,
                     "a chat could not be changed; it will be retried"

@@ -29,7 +29,6 @@ impl Conversation {
     pub fn is_written(&self) -> bool {
         let (desired, observed) = (&self.desired, &self.observed);
         observed.chat.is_some()
-            && observed.started_at.is_some()
             && !self.lacks_start()
             && desired.ended_at <= observed.ended_at
             && (desired.advisor().is_none() || desired.advisor() == observed.advisor)
@@ -98,7 +97,7 @@ pub struct Observed {
     pub external_id: Option<String>,
     /// `None`: there is no chat yet.
     pub chat: Option<Uuid>,
-    /// Set together with the external id. A repair clears it, so that the next write derives it from the events.
+    /// Set together with the external id.
     pub started_at: Option<Timestamp>,
     pub ended_at: Option<Timestamp>,
     pub agent: Option<Uuid>,

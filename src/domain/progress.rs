@@ -168,7 +168,7 @@ named! {
     NotRepaired {
         Unreadable = "the chat could not be read from OurAPI or from the database; see the log",
         DeadLetter = "an event could not be sent again; see `bigchat-sync failed list`",
-        Kept = "no event gives the agent or the start, so the value that was found is kept",
+        Kept = "no TRANSFER names the agent, or no START gives the start, so the value that was found is kept",
         Waiting = "an event of the conversation waits for its next attempt, and the repair with it",
         Rejected = "OurAPI rejects the change, or fails to make it",
     }

@@ -115,6 +115,8 @@ pub struct Poller {
     clock: SteadyClock,
     /// When the unfinished window was computed; `None`: an earlier process computed it.
     window_at: Option<Instant>,
+    /// BigChat's time at that moment.
+    window_now: Option<Timestamp>,
     /// The same for the latest window that was read to its end.
     read_at: Option<Instant>,
     standstill: Standstill,
@@ -174,6 +176,7 @@ impl Poller {
             clock: SteadyClock::new(Millis::now(), Instant::now()),
             standstill: Standstill::default(),
             window_at: None,
+            window_now: None,
             read_at: None,
         }
     }
@@ -314,7 +317,7 @@ impl Poller {
         let now = there.unwrap_or_else(Timestamp::of_this_machine);
         let poll = self.next_poll(now).await?;
         if poll.next_page.is_none() {
-            self.window_at = Some(asked_at);
+            (self.window_at, self.window_now) = (Some(asked_at), Some(now));
             pages.clear(&self.journal).await?;
         } else if pages.exceed_budget() {
             pages.retain_last(&self.journal).await?;
@@ -327,18 +330,19 @@ impl Poller {
         }
         // If BigChat failed and there is no new page, the probe for a restart would only fail, too.
         let progress = (pages.has_new() || fetched.is_ok()) && self.ingest(&mut pages).await?;
-        let cursor = match fetched? {
-            FetchEnd::Complete(cursor) => cursor,
+        let (cursor, present) = match fetched? {
+            FetchEnd::Complete(cursor) => (cursor, now),
             FetchEnd::Stuck => return self.read_again().await,
             FetchEnd::TooOld(oldest) => return self.skip_gap(oldest).await,
             FetchEnd::Budget => match self.continues(progress, poll.window).await? {
                 Some(outcome) => return Ok(outcome),
-                None => poll.window.end,
+                // If known pages never end, the next window would not end, either: it has to wait for its tick.
+                None => (poll.window.end, self.window_now.unwrap_or(now)),
             },
         };
         self.end_poll(cursor).await?;
         self.read_at = self.window_at;
-        if poll.window.end < now {
+        if poll.window.end < present {
             return Ok(PollOutcome::More);
         }
         self.standstill.observe(cursor, Instant::now());

@@ -157,7 +157,7 @@ impl Reconciliation {
         };
         drift.agent &= !missing.agent;
         let kept = FieldSet {
-            started_at: drift.started_at && !self.is_start_known().await?,
+            started_at: drift.started_at && self.conversation.desired.started_at.is_none(),
             agent: drift.agent && !self.may_overwrite_agent(found),
             ..FieldSet::default()
         };
@@ -198,19 +198,6 @@ impl Reconciliation {
         self.conversation.desired.transfer.is_some() || found.agent_id.is_none()
     }
 
-    /// Whether the start that the daemon wrote is known from a START, the details, or the events that are still stored.
-    async fn is_start_known(&self) -> Result<bool, AttemptError> {
-        let Conversation {
-            id,
-            desired,
-            observed,
-            ..
-        } = &self.conversation;
-        let (id, journal) = (*id, &self.delivery.journal);
-        Ok(desired.started_at.is_some()
-            || journal.with(move |store| store.earliest_event(id)).await? == observed.started_at)
-    }
-
     /// The agent that the daemon wrote.
     async fn recorded_agent(&self, drift: FieldSet) -> Result<Option<Uuid>, AttemptError> {
         let Conversation {
@@ -244,10 +231,6 @@ impl Reconciliation {
                     ..FieldSet::ALL
                 };
                 let (mut after, _) = observed.merged(&found.fields(), unknown);
-                if result.drift.started_at && unknown.started_at {
-                    // Without a START, the next write derives the start from the events.
-                    after.started_at = None;
-                }
                 if unknown.agent {
                     // The agent is written again, whichever client set it.
                     after.advisor = None;

@@ -8,7 +8,7 @@ use bigchat_sync::domain::time::Timestamp;
 use bigchat_sync::http::Api;
 use bigchat_sync::simulator::bigchat::{Clock, Log, Options, page, raw};
 use bigchat_sync::simulator::event::{end, message, start, transfer};
-use bigchat_sync::simulator::fault::{dropped, status};
+use bigchat_sync::simulator::fault::{dropped, paused, status};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -744,6 +744,31 @@ async fn known_pages_without_end() {
         t.bigchat.reports([message(42, 604, "new")]);
         t.once().await;
         assert_eq!(t.our_api.messages().len(), 604);
+    })
+    .await;
+}
+
+/// If each window has known pages without end, a window that reached up to now waits for the next tick, although
+/// reading it took a while.
+#[tokio::test]
+async fn known_pages_without_end_in_each_window() {
+    run_test(async |t| {
+        reports_pages(t, 603);
+        for _ in 0..4 {
+            t.once().await;
+        }
+        t.bigchat.queries();
+        t.bigchat.clock(NOW + 60);
+        t.bigchat.upset("GET /events?page=100", paused());
+        reports_linked_pages(t, 603);
+        t.execute("UPDATE poll_state SET idle_polls = 18");
+        let time_passes = async {
+            until("a poll", async || t.bigchat.pausing() == 1).await;
+            t.bigchat.clock(NOW + 62);
+            t.bigchat.resume();
+        };
+        tokio::join!(t.once(), time_passes);
+        assert_eq!(t.bigchat.queries().len(), 600);
     })
     .await;
 }
