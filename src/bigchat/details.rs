@@ -23,7 +23,7 @@ pub async fn read(source: &Source, conversation: &mut Conversation) -> Result<()
             denied(source, conversation.epoch, Denial::Conversation, id, error).await?;
             tracing::warn!(
                 conversation = id,
-                "BigChat does not know the conversation, or has no usable record; unless a TRANSFER names an agent, its chat has none until a verification pass asks again"
+                "BigChat does not know the conversation, or has no usable record; unless a TRANSFER names an advisor, its chat has no agent until a verification pass asks again"
             );
             conversation.details = Details::Gone;
         }

@@ -36,7 +36,7 @@ const LOADED_FOR: Duration = Duration::from_secs(5);
 /// can make some conversations due earlier than expected.
 const QUERY_EVERY: Duration = Duration::from_secs(10);
 
-/// After each verification in idle time, the next one waits for this many times its duration.
+/// After a verification in idle time, the next one waits for this many times as long as the former took.
 const IDLE_FACTOR: u32 = 9;
 
 /// The journal's response.

@@ -117,7 +117,7 @@ pub struct Poller {
     window_at: Option<Instant>,
     /// BigChat's time at that moment.
     window_now: Option<Timestamp>,
-    /// The same for the latest window that was read to its end.
+    /// Like `window_at`, but for the latest window that was read to its end.
     read_at: Option<Instant>,
     standstill: Standstill,
 }
@@ -336,7 +336,8 @@ impl Poller {
             FetchEnd::TooOld(oldest) => return self.skip_gap(oldest).await,
             FetchEnd::Budget => match self.continues(progress, poll.window).await? {
                 Some(outcome) => return Ok(outcome),
-                // If known pages never end, the next window would not end, either: it has to wait for its tick.
+                // If known pages never end, neither does the next window. If this one reached the present when it was
+                // computed, the next one waits for its tick.
                 None => (poll.window.end, self.window_now.unwrap_or(now)),
             },
         };

@@ -368,7 +368,7 @@ impl Reconciliation {
 
     /// Handles a not-found response for an agent. If the loss is confirmed, the advisor's agent is written again. The
     /// lost agent stays recorded until then, so that a chat that still has it does not count as changed by another
-    /// client. Without an advisor, the chat is recorded as having no agent at once.
+    /// client. Without an advisor, the chat is at once recorded as having no agent.
     async fn agent_missing(&mut self, agent: Option<Uuid>, error: ApiError) -> AttemptError {
         let error = self.delivery.agents.missing(agent, error).await;
         if matches!(error, AttemptError::DataLost(_)) {
