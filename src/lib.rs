@@ -31,7 +31,7 @@
 //!   `simulator/event.rs` (the [`simulator`] shares no code with the daemon that it checks). No test covers the rest:
 //!   add the kind to the lists of kinds in `cli/manual/json.md` and `cli/manual/log.md`, and to `simulator/chance.rs`;
 //!   otherwise no demo reports it.
-//! - **A setting:** a field of [`Settings`](settings::Settings) with the attributes of its neighbours, and its row in
+//! - **A setting:** a field of [`Settings`](settings::Settings) with the attributes of its neighbors, and its row in
 //!   `cli/manual/settings.md`. The poller, delivery and the console hold a `Settings` already. If `check` or
 //!   `verify` uses the field, add it to their lists in `settings_for` in `cli/mod.rs`; otherwise their help hides it.
 //! - **A command:** a file in [`cli`], like `cli/resolutions.rs`, which reads the journal, or `cli/pause.rs`, which
