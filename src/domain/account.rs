@@ -244,6 +244,9 @@ mod tests {
                 recorded(2, of(1, text), OutcomeUnknown),
             ]
         };
+        let alone = [recorded(1, of(1, "a"), DiscardedOutcomeUnknown)];
+        let credits = account([of(1, "b")], &alone).credits;
+        assert_eq!(credits, HashMap::from([(of(1, "b"), 1)]));
         assert!(account([of(1, "a")], &journal("b")).credits.is_empty());
         // Of two equal messages, it is unknown which one OurAPI has.
         let credits = account([of(1, "a")], &journal("a")).credits;
