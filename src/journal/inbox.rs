@@ -461,8 +461,9 @@ impl Store {
         Ok(())
     }
 
-    /// Counts a poll that used up its budget. Returns how many such polls found no new event, minus how many found one:
-    /// if the window is read again, the pages of the latter hold only known events, which must not raise the result.
+    /// Counts a poll that used up its budget. Returns how many such polls found no new event, minus how many found one.
+    /// The subtraction makes up for a window that is read again: the second time, the pages with those new events hold
+    /// only known ones and count as idle.
     pub fn count_idle_poll(&mut self, is_idle: bool) -> Result<i64> {
         let sql =
             "UPDATE poll_state SET idle_polls = idle_polls + iif(?1, 1, -1) RETURNING idle_polls";

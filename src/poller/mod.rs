@@ -47,8 +47,8 @@ const MAX_BYTES: usize = 8 << 20;
 /// next date agrees, so three probes suffice if the first date is wrong.
 const CLOCK_ATTEMPTS: u32 = 3;
 
-/// Polls of one window that use up their budget are counted: plus one for a poll without a new event, minus one for a
-/// poll with one. Above this count, the window counts as read, since a service may return known events without end.
+/// Polls of one window that use up their budget are counted: plus one for a poll without a new event, minus one for
+/// any other. Above this count, the window counts as read, since a service may return known events without end.
 /// That takes more than 4,000 pages (or 160 MiB), and events of the next window wait meanwhile.
 const MAX_IDLE_POLLS: i64 = 20;
 
