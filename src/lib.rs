@@ -25,8 +25,10 @@
 //! Begin at these places; the compiler names most of the rest.
 //!
 //! - **A kind of event:** add it to [`EventKind`](domain::event::EventKind) and [`Payload`](domain::event::Payload). If
-//!   it changes the chat, add a file with its fold to `delivery/handlers/`. If it is stored as a message, extend
-//!   `EventKind::is_message` and [`Payload::text`](domain::event::Payload::text). Tests fail until you add its color to
+//!   it changes the chat, add a file with its fold to `delivery/handlers/`, and its effect to `simulator/compare.rs`; a
+//!   new field of `Desired` needs columns (a file in `migrations/`) that `journal/commit.rs` writes and
+//!   `journal/queue.rs` reads. If it is stored as a message, extend `EventKind::is_message` and
+//!   [`Payload::text`](domain::event::Payload::text). Tests fail until you add its color to
 //!   `console/page/console.css`, update `isMessage` in `console/page/parts.js`, and add its line to
 //!   `simulator/event.rs` (the [`simulator`] shares no code with the daemon that it checks). No test covers the rest:
 //!   add the kind to the lists of kinds in `cli/manual/json.md` and `cli/manual/log.md`, and to `simulator/chance.rs`;
