@@ -1,5 +1,6 @@
 //! OurAPI loses data, or has data that this journal does not know.
 
+use super::until_meanwhile;
 use crate::harness::process::Process;
 use crate::harness::services::ADD_MESSAGE;
 use crate::harness::{Bench, run_live_test, run_test, until};
@@ -377,14 +378,7 @@ async fn failed_read_after_an_earlier_unreadable_chat() {
         t.our_api.upset(read, status(500).always());
         t.our_api.loses_chat("43");
         t.bigchat.reports([message(43, 10, "are you there?")]);
-        let mut others = 0;
-        until("it is given up", async || {
-            others += 1;
-            t.bigchat.reports([message(43, 20 + others, "meanwhile")]);
-            t.bigchat.further_polls(1).await;
-            is_verified(1)
-        })
-        .await;
+        until_meanwhile(t, (43, 20), "it is given up", || is_verified(1)).await;
         t.until_events("waiting", 0).await;
         t.our_api.calm();
         let before = t.our_api.count(read);

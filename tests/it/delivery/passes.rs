@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use bigchat_sync::http::Api;
 
+use super::until_meanwhile;
 use super::verify::verify;
 use crate::harness::process::Process;
 use crate::harness::{Bench, Test, run_test, side_by_side, until};
@@ -604,6 +605,15 @@ async fn denied_advisor_has_an_agent_after_the_next_pass() {
     .await;
 }
 
+/// BigChat knows conversation 1 again, and a probe finds it.
+async fn knows_conversation_1_again(t: &Test) {
+    t.bigchat.calm();
+    until("a probe has found conversation 1", async || {
+        t.value("SELECT started_at IS NOT NULL FROM conversations WHERE bigchat_id = 1")
+    })
+    .await;
+}
+
 /// If BigChat denies a conversation, the next pass asks again and sets the agent, unless another client has set one.
 #[tokio::test]
 async fn denied_conversation_has_an_agent_after_the_next_pass() {
@@ -649,13 +659,7 @@ async fn denied_first_conversation_has_an_agent_after_the_next_pass() {
         let daemon = t.start();
         t.delivers([message(1, 1, "hello")]).await;
         assert_eq!(t.our_api.chats(), ["1 22:00:01 - -"]);
-        // BigChat knows the conversation again.
-        t.bigchat.calm();
-        until("a probe has found conversation 1", async || {
-            let sql = "SELECT started_at IS NOT NULL FROM conversations WHERE bigchat_id = 1";
-            t.value(sql)
-        })
-        .await;
+        knows_conversation_1_again(t).await;
         daemon.stop().await;
         make_a_pass(t).await;
         make_a_pass(t).await;
@@ -674,13 +678,7 @@ async fn late_start_of_the_first_conversation_is_written_by_a_pass() {
         t.delivers([message(1, 1, "hello"), transfer(1, 3, 8)])
             .await;
         assert_eq!(t.our_api.chats(), ["1 22:00:01 - a1"]);
-        // BigChat knows the conversation again.
-        t.bigchat.calm();
-        until("a probe has found conversation 1", async || {
-            let sql = "SELECT started_at IS NOT NULL FROM conversations WHERE bigchat_id = 1";
-            t.value(sql)
-        })
-        .await;
+        knows_conversation_1_again(t).await;
         daemon.stop().await;
         make_a_pass(t).await;
         assert_eq!(t.our_api.chats(), ["1 21:00:00 - a1"]);
@@ -983,11 +981,7 @@ async fn invalid_event_and_an_unknown_outcome() {
         t.our_api.upset("POST /chats/c1/messages", dropped());
         t.bigchat.reports([message(42, 6, "goodbye")]);
         let began = Instant::now();
-        let mut others = 0;
-        until("it is delivered or fails", async || {
-            others += 1;
-            t.bigchat.reports([message(43, 10 + others, "meanwhile")]);
-            t.bigchat.further_polls(1).await;
+        until_meanwhile(t, (43, 10), "it is delivered or fails", || {
             t.count_events("conversation = (SELECT id FROM conversations WHERE bigchat_id = 42) AND state <> 'waiting'") == 3
                 || began.elapsed() > Duration::from_secs(15)
         })

@@ -4,6 +4,7 @@ use bigchat_sync::simulator::event::{end, message, start, transfer};
 use bigchat_sync::simulator::fault::{crashed, dropped, paused, status};
 use serde_json::json;
 
+use super::until_meanwhile;
 use super::verify::verify;
 use crate::harness::services::time;
 use crate::harness::{Bench, Daemon, Test, run_live_test, run_test, until};
@@ -18,6 +19,15 @@ async fn settled(t: &Test, bench: &Bench) -> Daemon {
     })
     .await;
     daemon
+}
+
+/// OurAPI rejects more changes of a chat than are claimed together. The first is one second after `after`.
+async fn rejects_many_changes(t: &Test, conversation: i64, after: i64) {
+    t.our_api.upset("PATCH *", status(422).always());
+    t.bigchat
+        .reports((1..=201).map(|at| end(conversation, after + at)));
+    t.until_events("failed", 201).await;
+    t.our_api.calm();
 }
 
 /// Changes a chat's agent, as another client would.
@@ -331,14 +341,7 @@ async fn discarded_message_accounts_for_itself() {
         t.our_api
             .upset("GET /chats/c1/messages", status(503).always());
         t.bigchat.reports([message(42, 5, "first")]);
-        let mut others = 0;
-        until("it fails", async || {
-            others += 1;
-            t.bigchat.reports([message(43, 10 + others, "meanwhile")]);
-            t.bigchat.further_polls(1).await;
-            t.events("failed") == 1
-        })
-        .await;
+        until_meanwhile(t, (43, 10), "it fails", || t.events("failed") == 1).await;
         t.failed_command(&["discard", "--all", "--yes"])
             .expect("it is discarded");
         t.our_api.calm();
@@ -423,11 +426,7 @@ async fn change_of_unreadable_chat_at_start() {
             .upset("GET /chats/c1/messages", status(500).always());
         t.bigchat.reports([end(42, 9)]);
         t.start();
-        let mut others = 0;
-        until("the end is there", async || {
-            others += 1;
-            t.bigchat.reports([message(43, 10 + others, "meanwhile")]);
-            t.bigchat.further_polls(1).await;
+        let others = until_meanwhile(t, (43, 10), "the end is there", || {
             t.our_api.chats()[0].contains("22:00:09")
         })
         .await;
@@ -461,11 +460,7 @@ async fn read_back_behind_many_changes() {
         t.set("--retry-initial", "5s").set("--retry-max", "5s");
         t.start();
         t.delivers([start(42, 0)]).await;
-        // More than are claimed together.
-        t.our_api.upset("PATCH *", status(422).always());
-        t.bigchat.reports((1..=201).map(|at| end(42, at)));
-        t.until_events("failed", 201).await;
-        t.our_api.calm();
+        rejects_many_changes(t, 42, 0).await;
         t.our_api
             .upset("POST /chats/{id}/messages", dropped().carried_out());
         t.bigchat.reports([message(42, 5, "hello")]);
@@ -630,12 +625,9 @@ async fn retries_before_an_unreadable_message(t: &Test) {
     .await;
     t.failed_command(&["retry", "--all"])
         .expect("all are tried again");
-    let mut others = 0;
-    until("nothing waits", async || {
-        others += 1;
-        t.bigchat.reports([message(43, 10 + others, "meanwhile")]);
-        t.bigchat.further_polls(1).await;
-        t.value::<i64>("SELECT waiting FROM conversations WHERE bigchat_id = 42") == 0
+    let waiting = "SELECT waiting FROM conversations WHERE bigchat_id = 42";
+    until_meanwhile(t, (43, 10), "nothing waits", || {
+        t.value::<i64>(waiting) == 0
     })
     .await;
 }
@@ -652,11 +644,7 @@ async fn unreadable_behind_many_changes() {
             .set("--retry-max", "2s");
         t.start();
         t.delivers([start(42, 0), start(43, 1)]).await;
-        // More than are claimed together.
-        t.our_api.upset("PATCH *", status(422).always());
-        t.bigchat.reports((1..=201).map(|at| end(42, at)));
-        t.until_events("failed", 201).await;
-        t.our_api.calm();
+        rejects_many_changes(t, 42, 0).await;
         retries_before_an_unreadable_message(t).await;
         let mut messages = t.our_api.messages();
         messages.retain(|text| text != "meanwhile");
@@ -762,12 +750,7 @@ async fn unreadable_beside_an_older_credit() {
         let chats = t.our_api.data().chats;
         let chat = chats.iter().find(|chat| chat.external_id == "42");
         let chat = chat.expect("a chat").chat_id;
-        // More than are claimed together.
-        t.our_api.upset("PATCH *", status(422).always());
-        t.bigchat
-            .reports((1..=201).map(|at| end(42, now - 500 + at)));
-        t.until_events("failed", 201).await;
-        t.our_api.calm();
+        rejects_many_changes(t, 42, now - 500).await;
         // Another client adds a message, and a lost response makes the daemon read it.
         let sent_at = now + 3;
         let url = format!("{}/chats/{chat}/messages", t.our_api.url());
@@ -809,12 +792,7 @@ async fn is_read_back_behind_many_changes(refusal: u16) {
         let now = t.now();
         t.bigchat.open(10, now - 1000, 1);
         t.delivers([message(10, now - 5, "one")]).await;
-        // More than are claimed together.
-        t.our_api.upset("PATCH *", status(422).always());
-        t.bigchat
-            .reports((1..=201).map(|at| end(10, now - 500 + at)));
-        t.until_events("failed", 201).await;
-        t.our_api.calm();
+        rejects_many_changes(t, 10, now - 500).await;
         t.our_api
             .upset("POST /chats/{id}/messages", status(refusal).carried_out());
         t.bigchat.reports([message(10, now, "hello")]);

@@ -850,10 +850,7 @@ async fn ten_pages_without_events() {
 #[tokio::test]
 async fn window_rescanned_across_restarts() {
     run_test(async |t| {
-        let pages = |last: i64| {
-            reports_linked_pages(t, last);
-        };
-        pages(202);
+        reports_linked_pages(t, 202);
         t.bigchat.upset("GET /events?page=203", status(404));
         t.once().await;
         t.once().await;
@@ -865,7 +862,7 @@ async fn window_rescanned_across_restarts() {
             "pages that were new do not count when they are read again"
         );
         // The window is read from its beginning, although no page of the first poll has a new event.
-        pages(202);
+        reports_linked_pages(t, 202);
         t.bigchat.reports([message(42, 203, "text 203")]);
         t.once().await;
         let rest = ["page=201", "page=202", "page=203"];
